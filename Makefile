@@ -1,0 +1,59 @@
+# `make serve DISK=…` and `make test` each set up all that they need, and nothing when it is there already.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+python = $(VENV)/bin/python
+# not empty when the user named a Python, in the environment or on the command line
+chosen_python = $(filter-out file default,$(origin PYTHON))
+
+# A Python that the user named and that is not the one of the environment makes it anew.
+ifneq ($(chosen_python),)
+ifneq ($(shell $(PYTHON) -V 2>&1),$(shell $(python) -V 2>&1))
+.PHONY: $(VENV)/.installed $(VENV)/.installed-dev
+endif
+endif
+
+.PHONY: help serve test lint types pytest attach bench packages
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+serve: $(VENV)/.installed ## serve DISK over NBD: DISK=file [SIZE=1G: make it when missing] [FORMAT=raw] [SERVE_ARGS=…]
+	@test -n "$(DISK)" || { echo "which disk? make serve DISK=disk.raw (SIZE=1G makes one that is missing)" >&2; exit 2; }
+	@test -z "$(SIZE)" || test -e "$(DISK)" || truncate -s "$(SIZE)" "$(DISK)"
+	@exec $(python) -m pynbd serve $(if $(FORMAT),-f "$(FORMAT)") $(SERVE_ARGS) "$(DISK)"
+
+test: lint types pytest ## lint, types and all tests
+
+lint: $(VENV)/.installed-dev ## ruff: rules and format
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+
+types: $(VENV)/.installed-dev ## mypy --strict
+	$(python) -m mypy
+
+pytest: $(VENV)/.installed-dev packages ## all tests; PYTEST_ARGS="-m 'not slow' tests/block" chooses
+	$(python) -m pytest $(PYTEST_ARGS)
+
+attach: $(VENV)/.installed-dev packages ## only the tests that boot a kernel and attach to it
+	$(python) -m pytest tests/attach $(PYTEST_ARGS)
+
+bench: $(VENV)/.installed-dev packages ## pynbd beside qemu-nbd and nbdkit; BENCH_ARGS="--help" tells what it can
+	$(python) -m tests.benchmarks $(BENCH_ARGS)
+
+packages: ## the Debian packages of tests/packages.txt and, beside the system's, a recent QEMU
+	@tests/setup/install_packages
+	@tests/setup/fetch_qemu10
+
+$(VENV)/.installed: pyproject.toml tests/setup/make_venv
+	@tests/setup/make_venv "$(VENV)" "$(PYTHON)" "$(chosen_python)" ""
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml tests/setup/make_venv
+	@tests/setup/make_venv "$(VENV)" "$(PYTHON)" "$(chosen_python)" "[dev]"
+	@touch $@ $(VENV)/.installed
