@@ -35,9 +35,10 @@ DRIVER_PARTS = {"filters", "formats", "storage"}
 SPEAKS_NBD = {"server", "cli", "control"}
 """The parts that may import nbd_protocol, beside the driver `storage.nbd`."""
 
-SANS_IO = set(
-    "_socket _ssl asyncio concurrent fcntl logging multiprocessing os pathlib pynbd select selectors shutil signal socket "
-    "socketserver ssl subprocess tempfile threading".split()
+SANS_IO = {"asyncio", "concurrent", "logging", "multiprocessing", "threading"} | (
+    {"_socket", "_ssl", "select", "selectors", "socket", "socketserver", "ssl"}
+    | {"fcntl", "os", "pathlib", "shutil", "signal", "subprocess", "tempfile"}
+    | {"pynbd"}
 )
 """What a sans-I/O library has no use for."""
 
