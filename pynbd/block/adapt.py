@@ -1,0 +1,115 @@
+"""Drivers written outside pynbd, made to fit: plain functions run in a thread pool, trailing parameters may be
+missing, `read` may return bytes, and `serial = True` lets one call in at a time.
+
+The adapted methods are put on the instance, so the driver's class stays as its author wrote it.
+"""
+
+import asyncio
+import errno
+import functools
+import inspect
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from pynbd.block.driver import Driver
+from pynbd.block.errors import OptionError, io_error
+
+DATA_METHODS = {
+    "read": 3,
+    "write": 3,
+    "write_zeroes": 3,
+    "discard": 2,
+    "cache": 2,
+    "flush_to_os": 0,
+    "flush_to_disk": 0,
+}
+"""What may be adapted, and how many arguments the block layer calls it with."""
+
+LIFE_METHODS = {"open": 0, "close": 0, "block_status": 2, "allocated_size": 0, "truncate": 2}
+
+Method = Callable[..., Awaitable[Any]]
+
+
+def is_built_in(kind: type[Driver]) -> bool:
+    """Whether a driver is part of pynbd, and so follows the full contract."""
+    return kind.__module__.partition(".")[0] == "pynbd"
+
+
+def adapt(driver: Driver) -> None:
+    """Make a foreign driver's methods callable as the block layer calls them.
+
+    Raises:
+        OptionError: a method can't be called with the arguments it gets.
+    """
+    lock = asyncio.Lock() if driver.serial else None
+    for name, arguments in (DATA_METHODS | LIFE_METHODS).items():
+        if getattr(type(driver), name) is getattr(Driver, name):
+            continue
+        method = _waited_for(_with_fewer_arguments(driver, name, arguments))
+        if name == "read":
+            method = _filling(driver, method)
+        if lock is not None and name in DATA_METHODS:
+            method = _serialised(method, lock)
+        setattr(driver, name, method)
+
+
+def _with_fewer_arguments(driver: Driver, name: str, arguments: int) -> Callable[..., Any]:
+    """The method, called without the trailing arguments that it does not take."""
+    method: Callable[..., Any] = getattr(driver, name)
+    parameters = list(inspect.signature(method).parameters.values())
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return method
+    taken = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+    if taken >= arguments:
+        return method
+    if name in ("read", "write", "write_zeroes", "discard", "cache", "block_status") and taken < 2:
+        raise OptionError(f"driver {driver.name!r}: {name}{inspect.signature(method)} takes too few arguments")
+    if inspect.iscoroutinefunction(method):
+
+        @functools.wraps(method)
+        async def called(*given: Any, **named: Any) -> Any:
+            return await method(*given[:taken])
+
+        return called
+
+    @functools.wraps(method)
+    def called_plainly(*given: Any, **named: Any) -> Any:
+        return method(*given[:taken])
+
+    return called_plainly
+
+
+def _waited_for(method: Callable[..., Any]) -> Method:
+    """A coroutine function: the method itself, or one that runs it in the pool."""
+    if inspect.iscoroutinefunction(method):
+        return method
+
+    @functools.wraps(method)
+    async def in_pool(*given: Any, **named: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(None, functools.partial(method, *given, **named))
+
+    return in_pool
+
+
+def _filling(driver: Driver, method: Method) -> Method:
+    """`read` that always fills `into`, also where the driver returned bytes."""
+
+    async def read(offset: int, into: memoryview, flags: int) -> None:
+        data = await method(offset, into, flags)
+        if data is None:
+            return
+        if len(data) != len(into):
+            raise io_error(
+                errno.EIO, driver.node.name, f"driver {driver.name}: read returned {len(data)} bytes, not {len(into)}"
+            )
+        into[:] = data
+
+    return read
+
+
+def _serialised(method: Method, lock: asyncio.Lock) -> Method:
+    async def one_at_a_time(*given: Any) -> Any:
+        async with lock:
+            return await method(*given)
+
+    return one_at_a_time

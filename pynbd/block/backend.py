@@ -1,0 +1,307 @@
+"""`BlockBackend`: where a user of the graph (an export, a job, a command) holds on to a node.
+
+It is the choke point of the block layer: here requests are counted, timed, checked against the size,
+parked while the graph below is drained, and given to the error policy when they fail. A request that has
+entered is never cancelled: whoever waits for it may go away, it runs to its end.
+"""
+
+import asyncio
+import errno
+from collections.abc import Awaitable, Callable
+from enum import Enum
+from time import perf_counter_ns
+from typing import TypeVar
+
+from pynbd.block.child import Child
+from pynbd.block.driver import Location, Preallocation
+from pynbd.block.errors import io_error
+from pynbd.block.extents import ChainExtent
+from pynbd.block.node import Node, nowhere
+from pynbd.block.permissions import ChildRole, Permission
+from pynbd.block.statistics import Operation, Statistics
+
+T = TypeVar("T")
+
+
+class ErrorPolicy(Enum):
+    """What is done about a request that failed (QEMU's `rerror`, `werror`)."""
+
+    REPORT = "report"
+    IGNORE = "ignore"
+    STOP = "stop"
+    ENOSPC = "enospc"
+    """Stop where the space ran out, report all else."""
+
+
+class IoStatus(Enum):
+    """How the last failed request left the device."""
+
+    OK = "ok"
+    FAILED = "failed"
+    NOSPACE = "nospace"
+
+
+class BlockBackend:
+    """One user of a node.
+
+    Args:
+        name: who it is, for messages: `export 'disk0'`.
+        on_read_error, on_write_error: the error policy.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        on_read_error: ErrorPolicy = ErrorPolicy.REPORT,
+        on_write_error: ErrorPolicy = ErrorPolicy.REPORT,
+    ) -> None:
+        self.name = name
+        self.on_read_error = on_read_error
+        self.on_write_error = on_write_error
+        self.io_status = IoStatus.OK
+        self.statistics = Statistics()
+        self.in_flight = 0
+        self.parked = 0
+        self.root: Child | None = None
+        self.on_resize: list[Callable[[int], None]] = []
+        self.on_error: list[Callable[[OSError, Operation, ErrorPolicy], None]] = []
+        self.locate: Callable[[int, int], Location | None] = nowhere
+        """See `Driver.locate`; says "nowhere" while the graph is drained or the backend is stopped."""
+        self._drains = 0
+        self._stopped = False
+        self._shut_down = False
+        self._resumed: asyncio.Event = asyncio.Event()
+        self._idle: asyncio.Event = asyncio.Event()
+
+    # --- the graph ----------------------------------------------------------------------------------------
+
+    def describe(self) -> str:
+        """For messages."""
+        return self.name
+
+    def attach(self, node: Node) -> Child:
+        """Make the edge to a node. `Graph.attach` does this, and checks the permissions."""
+        assert self.root is None, f"{self.name} is attached already"
+        self.root = Child("root", ChildRole.DATA, self, node)
+        node.parents.append(self.root)
+        self._bind()
+        return self.root
+
+    def detach(self) -> None:
+        """Let go of the node. Nothing may be in flight. `Graph.detach` does this."""
+        assert not self.in_flight, f"{self.name} has {self.in_flight} requests in flight"
+        if self.root is not None:
+            self.root.node.parents.remove(self.root)
+            self.root = None
+        self._bind()
+
+    @property
+    def node(self) -> Node:
+        """The node that it is attached to.
+
+        Raises:
+            OSError: ENOMEDIUM, there is none.
+        """
+        if self.root is None:
+            raise io_error(errno.ENOMEDIUM, self.name, "no medium")
+        return self.root.node
+
+    @property
+    def size(self) -> int:
+        """The length of the disk in bytes."""
+        return self.node.size
+
+    @property
+    def writable(self) -> bool:
+        """Whether it may write."""
+        return self.root is not None and Permission.WRITE in self.root.held
+
+    def below_changed(self, edge: Child) -> None:
+        """The data path below has been bound anew."""
+        self._bind()
+
+    def below_resized(self, edge: Child) -> None:
+        """The node has another size."""
+        for tell in list(self.on_resize):
+            tell(edge.node.size)
+
+    async def below_drained(self, edge: Child) -> None:
+        """Start nothing new, and come back when nothing is in flight."""
+        self._drains += 1
+        self._bind()
+        while self.in_flight:
+            self._idle.clear()
+            await self._idle.wait()
+
+    def below_resumed(self, edge: Child) -> None:
+        """Let parked requests go on, if this was the last drain."""
+        self._drains -= 1
+        self._wake()
+
+    # --- parking ------------------------------------------------------------------------------------------
+
+    def _bind(self) -> None:
+        open_for_requests = self.root is not None and not (self._drains or self._stopped or self._shut_down)
+        self.locate = self.root.locate if open_for_requests and self.root is not None else nowhere
+
+    def _wake(self) -> None:
+        self._bind()
+        self._resumed.set()
+        self._resumed = asyncio.Event()
+
+    @property
+    def paused(self) -> bool:
+        """Whether requests are parked at present."""
+        return bool(self._drains or self._stopped) and not self._shut_down
+
+    def resume(self) -> None:
+        """Try everything again that the error policy had stopped."""
+        self._stopped = False
+        self.io_status = IoStatus.OK
+        self._wake()
+
+    def shutdown(self) -> None:
+        """From now on every request, parked ones too, ends with ESHUTDOWN."""
+        self._shut_down = True
+        self._wake()
+
+    async def _park(self) -> None:
+        self.parked += 1
+        try:
+            while self.paused:
+                await self._resumed.wait()
+        finally:
+            self.parked -= 1
+
+    async def _run(self, kind: Operation, length: int, start: Callable[[], Awaitable[T]], otherwise: T) -> T:
+        """One request, from its entry to its answer.
+
+        Args:
+            kind: for the statistics and the error policy.
+            length: its bytes, for the statistics.
+            start: begins the I/O; called again whole after a stop.
+            otherwise: the answer if it fails and the policy is to ignore that.
+        """
+        started = perf_counter_ns()
+        while True:
+            if self._drains or self._stopped:
+                await self._park()
+            if self._shut_down:
+                raise io_error(errno.ESHUTDOWN, self.name, "shutting down")
+            self.in_flight += 1
+            try:
+                result = await start()
+            except OSError as problem:
+                self.statistics.failed[kind] += 1
+                action = self._action(problem, kind)
+                if action is ErrorPolicy.REPORT:
+                    raise
+                if action is ErrorPolicy.IGNORE:
+                    return otherwise
+            else:
+                self.statistics.account(kind, 1, length, perf_counter_ns() - started)
+                return result
+            finally:
+                self.in_flight -= 1
+                if not self.in_flight:
+                    self._idle.set()
+
+    def _action(self, problem: OSError, kind: Operation) -> ErrorPolicy:
+        """What the policy says of a failed request: report, ignore or stop."""
+        reading = kind in (Operation.READ, Operation.CACHE, Operation.BLOCK_STATUS)
+        policy = self.on_read_error if reading else self.on_write_error
+        if policy is ErrorPolicy.ENOSPC:
+            policy = ErrorPolicy.STOP if problem.errno == errno.ENOSPC else ErrorPolicy.REPORT
+        if policy is ErrorPolicy.STOP:
+            self._stopped = True
+            self.io_status = IoStatus.NOSPACE if problem.errno == errno.ENOSPC else IoStatus.FAILED
+            self._bind()
+        for tell in list(self.on_error):
+            tell(problem, kind, policy)
+        return policy
+
+    # --- requests -----------------------------------------------------------------------------------------
+
+    def _edge(self, offset: int, length: int, what: str) -> Child:
+        edge = self.root
+        if edge is None:
+            raise io_error(errno.ENOMEDIUM, self.name, "no medium")
+        if offset < 0 or length < 0 or offset + length > edge.node.size:
+            raise io_error(
+                errno.EINVAL,
+                self.name,
+                f"{what} at {offset} for {length} bytes is outside the disk of {edge.node.size}",
+            )
+        return edge
+
+    def _writable_edge(self, offset: int, length: int, what: str) -> Child:
+        edge = self._edge(offset, length, what)
+        if Permission.WRITE not in edge.held:
+            raise io_error(errno.EPERM, self.name, f"{what} through a read-only user")
+        return edge
+
+    async def read(self, offset: int, into: memoryview, flags: int = 0) -> None:
+        """Fill `into` with the bytes at `offset`.
+
+        Raises:
+            OSError: EINVAL outside the disk; else what the storage said. `into` holds anything then.
+        """
+        edge = self._edge(offset, len(into), "read")
+        await self._run(Operation.READ, len(into), lambda: edge.read(offset, into, flags), None)
+
+    async def write(self, offset: int, data: memoryview, flags: int = 0) -> None:
+        """Put `data` at `offset`; with `RequestFlag.FUA`, durably.
+
+        Raises:
+            OSError: EINVAL outside the disk, EPERM without the permission; else what the storage said. Any part of it
+                may have been written then.
+        """
+        edge = self._writable_edge(offset, len(data), "write")
+        await self._run(Operation.WRITE, len(data), lambda: edge.write(offset, data, flags), None)
+
+    async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        """Make a range read as zeroes; with `MAY_UNMAP` its space may be given back.
+
+        Raises:
+            OSError: as `write`; ENOTSUP with `NO_FALLBACK` if it is not quick, and nothing has changed.
+        """
+        edge = self._writable_edge(offset, length, "write_zeroes")
+        await self._run(Operation.WRITE_ZEROES, length, lambda: edge.write_zeroes(offset, length, flags), None)
+
+    async def discard(self, offset: int, length: int) -> None:
+        """The bytes of a range are no longer needed."""
+        edge = self._writable_edge(offset, length, "discard")
+        await self._run(Operation.DISCARD, length, lambda: edge.discard(offset, length), None)
+
+    async def cache(self, offset: int, length: int) -> None:
+        """The bytes of a range will be read soon."""
+        edge = self._edge(offset, length, "cache")
+        await self._run(Operation.CACHE, length, lambda: edge.cache(offset, length), None)
+
+    async def flush(self) -> None:
+        """Make every write that was answered durable.
+
+        Raises:
+            OSError: something could not be made durable.
+        """
+        edge = self._edge(0, 0, "flush")
+        await self._run(Operation.FLUSH, 0, edge.flush, None)
+
+    async def block_status(self, offset: int, length: int, base: Node | None = None) -> list[ChainExtent]:
+        """What the chain of images holds in a range; see `Node.block_status`."""
+        edge = self._edge(offset, length, "block status")
+        return await self._run(Operation.BLOCK_STATUS, length, lambda: edge.node.block_status(offset, length, base), [])
+
+    async def truncate(
+        self, size: int, preallocation: Preallocation = Preallocation.OFF, *, exact: bool = True
+    ) -> None:
+        """Change the length of the disk; every user of the node is told.
+
+        Raises:
+            OSError: EPERM without the permission; else what the driver said.
+        """
+        edge = self._edge(0, 0, "resize")
+        if Permission.RESIZE not in edge.held:
+            raise io_error(errno.EPERM, self.name, "resize without the permission")
+        await self._run(Operation.WRITE, 0, lambda: edge.node.truncate(size, preallocation, exact=exact), None)

@@ -1,0 +1,350 @@
+"""`Driver`: what a kind of node can do. This is the seed's `struct BlockDriver`.
+
+A driver is a class. Only `size` and `read` are compulsory; everything else has a default: "not supported"
+(`ENOTSUP`) or "nothing to do", and for a `Filter` "ask the child".
+
+    class Zeroes(Driver):
+        size = 1 << 40
+
+        async def read(self, offset, into, flags):
+            into[:] = bytes(len(into))
+
+The contract:
+
+- Calls overlap, unless the class says `serial = True`. They are never cancelled.
+- `async def` methods run on the event loop. In a driver that is not part of pynbd a method may also be a plain
+  `def`, which then runs in a thread pool, may leave out trailing parameters that it does not need
+  (`flags`), and `read` may return bytes instead of filling `into`.
+- Errors are `OSError` with an errno.
+- Offsets and lengths are in bytes and inside the node, except that a node whose parent may resize it is
+  also written past its end and grows, if it says `growable = True`.
+- `data` of a write is read-only and valid until the coroutine returns; who keeps it, copies it.
+"""
+
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import msgspec
+
+from pynbd.block import errors
+from pynbd.block.extents import Extent, Status
+from pynbd.block.limits import UNLIMITED, Limits
+from pynbd.block.options import NodeOptions
+from pynbd.block.permissions import ChildRole, Permission, default_permissions
+
+if TYPE_CHECKING:
+    from pynbd.block.child import Child
+    from pynbd.block.node import Node
+
+
+class Location(NamedTuple):
+    """Where bytes lie verbatim: in which open file, where in it, and how many of them."""
+
+    fd: int
+    host_offset: int
+    length: int
+
+
+class Preallocation(Enum):
+    """What is done with the space when an image is made or grown."""
+
+    OFF = "off"  # nothing is reserved
+    METADATA = "metadata"  # the format's tables are, the data is not
+    FALLOC = "falloc"  # space is reserved, not written
+    FULL = "full"  # zeroes are written
+
+
+class ChildSpec(NamedTuple):
+    """A child that a driver takes.
+
+    Args:
+        role: what it is for.
+        optional: whether the driver works without it.
+        writable: whether it may be written by a writable parent (a backing file is opened read-only).
+    """
+
+    role: ChildRole
+    optional: bool = False
+    writable: bool = True
+
+
+FILTERED_CHILD: Mapping[str, ChildSpec] = {"file": ChildSpec(ChildRole.FILTERED | ChildRole.DATA)}
+"""What every filter takes: one child, and all that is not overridden goes to it."""
+
+
+class ImageInfo(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What is worth telling of an image beyond its size (QEMU's `BlockDriverInfo` and `ImageInfoSpecific`)."""
+
+    cluster_size: int = 0
+    vm_state_offset: int = 0
+    dirty: bool = False
+    encrypted: bool = False
+    compressed: bool = False
+    specific: dict[str, Any] = {}
+
+
+class Driver:
+    """The base of every driver; see the module's text for the contract.
+
+    Args:
+        options: the driver's own `Options`, checked and converted.
+    """
+
+    name: ClassVar[str] = ""
+    """The driver's name, as in `driver=NAME`; the class's name in lower case, if it gives none."""
+    schemes: ClassVar[tuple[str, ...]] = ()
+    """The URI schemes that it serves (the seed's `protocol_name`): `nbd+unix` …"""
+    Options: ClassVar[type[NodeOptions]] = NodeOptions
+    children: ClassVar[Mapping[str, ChildSpec]] = {}
+    is_format: ClassVar[bool] = False
+    """Lays out bytes over a child, and may be found by probing."""
+    serial: ClassVar[bool] = False
+    """One call at a time, please."""
+    growable: ClassVar[bool] = False
+    """Writes past the end make it longer."""
+    zero_past_end: ClassVar[bool] = False
+    """Reads past the end give zeroes, without help from the block layer."""
+    write_flags: ClassVar[int] = 0
+    """The request flags that `write` itself honours; the block layer does FUA by a flush otherwise."""
+    write_zeroes_flags: ClassVar[int] = 0
+    """The same for `write_zeroes`."""
+
+    limits: Limits = UNLIMITED
+    size: int = 0
+    """The length of the disk in bytes; to be right once `open` has returned."""
+
+    node: "Node"
+
+    def __init__(self, options: NodeOptions) -> None:
+        self.options = options
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "name" not in cls.__dict__:
+            cls.name = cls.__name__.lower()
+
+    def child(self, name: str) -> "Child":
+        """The child of that name, which the driver declared as not optional."""
+        return self.node.children[name]
+
+    @property
+    def file(self) -> "Child":
+        """The child that most formats and all filters have."""
+        return self.node.children["file"]
+
+    # --- recognising, naming -------------------------------------------------------------------------------
+
+    @classmethod
+    def probe(cls, head: bytes, filename: str) -> int:
+        """How sure this format is that an image is its own, from 0 (no) to 100.
+
+        Args:
+            head: the first bytes of the image (`registry.PROBE_BYTES`, fewer if it is shorter).
+            filename: its name, "" if it has none.
+        """
+        return 0
+
+    @classmethod
+    def probe_device(cls, filename: str) -> int:
+        """How sure this storage driver is that a file name is a device for it, from 0 (no) to 100."""
+        return 0
+
+    @classmethod
+    def parse_filename(cls, filename: str) -> dict[str, Any]:
+        """The options that a URI of one of `schemes` stands for.
+
+        Raises:
+            OptionError: the URI is wrong.
+        """
+        raise errors.OptionError(f"{filename}: the driver {cls.name!r} can't be named by a URI")
+
+    def filename(self) -> str:
+        """The name under which this storage could be opened again; "" if it takes more than a name."""
+        return ""
+
+    # --- life ----------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Get ready. The children are there already; `self.size` and `self.limits` are to be set here.
+
+        Raises:
+            OSError, BlockError: it can't be opened; whatever it had taken is released.
+        """
+
+    async def close(self) -> None:
+        """Release everything. Nothing is in flight, and what had to be flushed was."""
+
+    # --- the data path -------------------------------------------------------------------------------------
+
+    async def read(self, offset: int, into: memoryview, flags: int) -> None:
+        """Fill `into` with the bytes at `offset`."""
+        raise errors.unsupported(self.node.name, f"driver {self.name} can't read")
+
+    async def write(self, offset: int, data: memoryview, flags: int) -> None:
+        """Put `data` at `offset`."""
+        raise errors.unsupported(self.node.name, f"driver {self.name} can't write")
+
+    async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
+        """Make a range read as zeroes, more cheaply than by writing them.
+
+        Raises:
+            OSError: ENOTSUP if there is no cheaper way, and nothing was changed; the block layer then writes zeroes.
+        """
+        raise errors.unsupported(self.node.name, f"driver {self.name} has no write_zeroes")
+
+    async def discard(self, offset: int, length: int) -> None:
+        """The bytes are no longer needed: a hint, which may be followed partly or not at all."""
+        raise errors.unsupported(self.node.name, f"driver {self.name} has no discard")
+
+    async def cache(self, offset: int, length: int) -> None:
+        """The bytes will be read soon: a hint."""
+
+    async def flush_to_os(self) -> None:
+        """Hand everything that this driver holds back (metadata, buffers) to the nodes below."""
+
+    async def flush_to_disk(self) -> None:
+        """Make everything handed to this driver's own storage durable. (Children are flushed by the layer.)"""
+
+    async def block_status(self, offset: int, length: int) -> Sequence[Extent]:
+        """What this layer holds in a range: extents from `offset` on, at least one, that may stop early.
+
+        The default tells the truth for a driver that knows nothing of holes: it is all data.
+        """
+        return (Extent(length, Status.DATA | Status.ALLOCATED),)
+
+    def locate(self, offset: int, length: int) -> Location | None:
+        """Where the bytes lie verbatim in an open file, as far as this is known without waiting.
+
+        A plain function, asked for every read. Whoever must see each read (or changes the bytes) says None.
+        The answer may cover fewer bytes than asked for, and holds until the caller next lets the loop run,
+        unless `located_for_good`.
+        """
+        return None
+
+    def located_for_good(self) -> bool:
+        """Whether what `locate` says stays true as long as the node is open (raw files, not clusters)."""
+        return False
+
+    # --- size and shape ------------------------------------------------------------------------------------
+
+    async def truncate(self, size: int, preallocation: Preallocation, *, exact: bool) -> None:
+        """Change the length.
+
+        Args:
+            size: the new length in bytes.
+            preallocation: what to do with space that is added.
+            exact: the length must be `size`; otherwise longer will do (a block device).
+        """
+        raise errors.unsupported(self.node.name, f"driver {self.name} can't change its size")
+
+    def child_resized(self, name: str) -> None:
+        """A child has another size than before (called for each child before `open`, too)."""
+
+    async def allocated_size(self) -> int | None:
+        """Bytes used on the host, None if that can't be told."""
+        return await self.file.node.allocated_size() if "file" in self.node.children else None
+
+    def has_zero_init(self) -> bool:
+        """Whether a new image of this kind reads as zeroes."""
+        return False
+
+    async def info(self) -> ImageInfo:
+        """What is worth telling beyond the size."""
+        return ImageInfo()
+
+    @classmethod
+    async def create(cls, options: NodeOptions, size: int, preallocation: Preallocation) -> None:
+        """Make a new image.
+
+        Args:
+            options: as for opening it.
+            size: its length in bytes.
+            preallocation: what to do with the space.
+
+        Raises:
+            OSError, BlockError: it can't be made; nothing half-made is left.
+        """
+        raise errors.OptionError(f"driver {cls.name!r} can't make new images")
+
+    # --- the graph -----------------------------------------------------------------------------------------
+
+    def child_permissions(self, name: str, held: Permission, shared: Permission) -> tuple[Permission, Permission]:
+        """What this node holds and shares on a child, given what its own parents hold and share."""
+        return default_permissions(self.children[name].role, held, shared, writable=not self.node.read_only)
+
+    def check_permissions(self, held: Permission, shared: Permission) -> None:
+        """May the parents of this node hold and share that? Storage takes its file locks here.
+
+        Raises:
+            PermissionConflict: no. Nothing has changed then.
+        """
+
+    def commit_permissions(self, held: Permission, shared: Permission) -> None:
+        """What was checked last is now so: give up what is no longer needed. Never fails."""
+
+    def abort_permissions(self, held: Permission, shared: Permission) -> None:
+        """What was checked last will not be: back to `held` and `shared`. Never fails."""
+
+    def debug_event(self, event: str) -> None:
+        """A format above has come to a point (`blkdebug`'s events) where a test may want to interfere."""
+
+    def passes(self, member: str) -> bool:
+        """Whether a member of the data path is exactly that of the child `file`: then this node is left out of it."""
+        return False
+
+
+class Filter(Driver):
+    """A driver that shows the bytes of its child `file`: what it does not override is the child's.
+
+    Filters are passed over by walks through a chain of images.
+    """
+
+    children: ClassVar[Mapping[str, ChildSpec]] = FILTERED_CHILD
+
+    def child_resized(self, name: str) -> None:
+        if name == "file":
+            self.size = self.file.node.size
+
+    async def read(self, offset: int, into: memoryview, flags: int) -> None:
+        await self.file.read(offset, into, flags)
+
+    async def write(self, offset: int, data: memoryview, flags: int) -> None:
+        await self.file.write(offset, data, flags)
+
+    async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
+        await self.file.write_zeroes(offset, length, flags)
+
+    async def discard(self, offset: int, length: int) -> None:
+        await self.file.discard(offset, length)
+
+    async def cache(self, offset: int, length: int) -> None:
+        await self.file.cache(offset, length)
+
+    async def block_status(self, offset: int, length: int) -> Sequence[Extent]:
+        return await self.file.block_status(offset, length)
+
+    def locate(self, offset: int, length: int) -> Location | None:
+        # Who overrides `read` wants to see each read; who does not, is not asked (see `passes`).
+        return None
+
+    def located_for_good(self) -> bool:
+        return self.passes("locate") and self.file.node.driver.located_for_good()
+
+    async def truncate(self, size: int, preallocation: Preallocation, *, exact: bool) -> None:
+        await self.file.node.truncate(size, preallocation, exact=exact)
+
+    def has_zero_init(self) -> bool:
+        return self.file.node.driver.has_zero_init()
+
+    async def info(self) -> ImageInfo:
+        return await self.file.node.driver.info()
+
+    def debug_event(self, event: str) -> None:
+        self.file.node.driver.debug_event(event)
+
+    def passes(self, member: str) -> bool:
+        kind = type(self)
+        if member == "locate" and kind.read is not Filter.read:
+            return False
+        return getattr(kind, member) is getattr(Filter, member)

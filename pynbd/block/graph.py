@@ -1,0 +1,452 @@
+"""`Graph`: all nodes of a process, how they are opened from a description, joined, changed and closed.
+
+A change of the graph is checked as a whole and then made or dropped, inside a drained section: nothing is in
+flight in the part that changes.
+"""
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+
+from pynbd.block import options as opt
+from pynbd.block import probing, registry
+from pynbd.block.adapt import adapt, is_built_in
+from pynbd.block.backend import BlockBackend
+from pynbd.block.child import Child
+from pynbd.block.driver import Driver
+from pynbd.block.errors import BlockError, OptionError, PermissionConflict
+from pynbd.block.limits import Limits
+from pynbd.block.node import Node
+from pynbd.block.options import NodeOptions
+from pynbd.block.permissions import Permission
+
+log = logging.getLogger(__name__)
+
+MAX_CHAIN_DEPTH = 200
+"""Nodes from a user down to the last child; as QEMU's limit for backing chains."""
+
+INHERITED = ("read-only", "auto-read-only", "force-share", "cache")
+"""Options that a child takes over from its parent when it says nothing itself."""
+
+
+class Plan(NamedTuple):
+    """A node that is going to be opened: everything checked that can be without opening it."""
+
+    kind: type[Driver]
+    options: NodeOptions
+    children: "dict[str, Plan | Node]"
+
+
+class Graph:
+    """The nodes of one process, by name."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[str, Node] = {}
+
+    # --- opening ------------------------------------------------------------------------------------------
+
+    async def open(
+        self, description: str | Mapping[str, Any], *, format: str = "", trusted: bool = True, **defaults: Any
+    ) -> Node:
+        """Open a node, and everything below it.
+
+        Args:
+            description: a file name, a URI, dotted keys, `json:{…}`, or the tree itself.
+            format: the format of an image that is given by name; probed if empty.
+            trusted: whether a person wrote it. What an image names opens only drivers of an allow-list.
+            defaults: options of the top node that the description may override (`read_only=True`).
+
+        Raises:
+            OptionError: the description is wrong.
+            OSError, BlockError: something can't be opened; nothing stays open.
+        """
+        tree = self.describe(description, format=format, trusted=trusted)
+        tree = {name.replace("_", "-"): value for name, value in defaults.items()} | tree
+        if "driver" not in tree:
+            return await self._open_probed(tree, trusted=trusted)
+        return await self._open_plan(self._plan(tree, "", trusted=trusted, depth=0))
+
+    def describe(
+        self, description: str | Mapping[str, Any], *, format: str = "", trusted: bool = True
+    ) -> dict[str, Any]:
+        """The tree that a description stands for; without `driver` if the format is to be probed.
+
+        Raises:
+            OptionError: it can't be understood.
+        """
+        if isinstance(description, Mapping):
+            tree = dict(description)
+        elif description.startswith("json:"):
+            tree = opt.parse_json(description)
+        elif description.startswith("driver="):
+            tree = opt.parse_dotted(description)
+        else:
+            return self._from_name(description, format, trusted=trusted)
+        if "driver" not in tree and "filename" in tree:
+            name = str(tree.pop("filename"))
+            tree = self._from_name(name, format, trusted=trusted) | tree
+        elif format and tree.get("driver", format) != format:
+            raise OptionError(f"format {format!r} was asked for, but the description says driver {tree['driver']!r}")
+        elif format:
+            tree["driver"] = format
+        return tree
+
+    def _from_name(self, name: str, format: str, *, trusted: bool) -> dict[str, Any]:
+        storage = self.storage_tree(name, trusted=trusted)
+        if registry.is_python_file(storage["driver"]) and not format:
+            return storage
+        return {"driver": format, "file": storage} if format else {"file": storage}
+
+    def storage_tree(self, name: str, *, trusted: bool = True) -> dict[str, Any]:
+        """The options of the storage that a file name or a URI stands for.
+
+        Raises:
+            OptionError: a URI is wrong.
+        """
+        if trusted and registry.is_python_file(name):
+            return {"driver": name}
+        scheme = name.partition(":")[0]
+        if scheme in registry.SCHEMES and ":" in name:
+            kind = registry.driver_class(registry.SCHEMES[scheme], trusted=trusted)
+            return {"driver": kind.name, **kind.parse_filename(name)}
+        if "://" in name:
+            known = ", ".join(f"{known}://" for known in sorted(registry.SCHEMES))
+            raise OptionError(f"{name}: no driver for {scheme}://; there are: {known} (write ./{name} for a file)")
+        if not name:
+            raise OptionError("an empty file name")
+        device = registry.driver_class("host_device", trusted=trusted)
+        return {"driver": device.name if device.probe_device(name) else "file", "filename": name}
+
+    async def _open_probed(self, tree: dict[str, Any], *, trusted: bool) -> Node:
+        """Open an image whose format nobody said."""
+        if "file" not in tree:
+            raise OptionError(f"no driver is given (options: {', '.join(sorted(tree)) or 'none'})")
+        plan = self._plan_child("file", tree["file"], tree, "", trusted=trusted, depth=1)
+        storage = plan if isinstance(plan, Node) else await self._open_plan(plan)
+        try:
+            head = await probing.read_head(storage)
+            name = probing.probe_format(head, storage.filename() or storage.name)
+            top = self._plan({**tree, "driver": name, "file": storage.name}, "", trusted=trusted, depth=0)
+            node = await self._open_plan(top)
+        except BaseException:
+            if not storage.parents and not isinstance(plan, Node):
+                await self.close(storage)
+            raise
+        if name == probing.RAW and not node.read_only:
+            node.write_guard = probing.ProbedRawGuard(node)
+            node.relink()
+        return node
+
+    # --- planning -----------------------------------------------------------------------------------------
+
+    def _plan(self, tree: Mapping[str, Any], path: str, *, trusted: bool, depth: int) -> Plan:
+        if depth > opt.MAX_OPTION_DEPTH:
+            raise OptionError(f"{path}: more than {opt.MAX_OPTION_DEPTH} levels of nodes")
+        name = tree.get("driver")
+        if not isinstance(name, str) or not name:
+            raise OptionError(f"{path}driver: the driver's name is missing")
+        kind = registry.driver_class(name, trusted=trusted)
+        own = {key: value for key, value in tree.items() if key not in kind.children}
+        for key, value in own.items():
+            # A key that looks like a child the driver does not have deserves more than "unknown option".
+            if isinstance(value, Mapping) and "driver" in value and key not in field_names(kind.Options):
+                raise opt.unknown_option(path, key, kind.name, [*kind.children, *field_names(kind.Options)])
+        options = opt.convert(own, kind.Options, path=path, driver=kind.name)
+        if options.node_name in self.nodes:
+            raise OptionError(f"{path}node-name: there is a node {options.node_name!r} already")
+        children: dict[str, Plan | Node] = {}
+        for child, spec in kind.children.items():
+            if tree.get(child) is not None:
+                inherit = {**tree, "read-only": True} if not spec.writable else tree
+                children[child] = self._plan_child(child, tree[child], inherit, path, trusted=trusted, depth=depth + 1)
+            elif not spec.optional:
+                raise OptionError(f"{path}{child}: driver {kind.name!r} needs a node here")
+        return Plan(kind, options, children)
+
+    def _plan_child(
+        self, name: str, value: Any, parent: Mapping[str, Any], path: str, *, trusted: bool, depth: int
+    ) -> "Plan | Node":
+        """A child: the name of an open node, or a tree of its own that takes over some of its parent's options."""
+        if isinstance(value, Node):
+            return value
+        if isinstance(value, str):
+            node = self.nodes.get(value)
+            if node is None:
+                raise OptionError(
+                    f"{path}{name}: there is no node {value!r}; open are: {', '.join(self.nodes) or 'none'}"
+                )
+            return node
+        if not isinstance(value, Mapping):
+            raise OptionError(f"{path}{name}: expected the name of a node or its options, found {value!r}")
+        tree = dict(value)
+        if "driver" not in tree and "filename" in tree:
+            tree = self.storage_tree(str(tree.pop("filename")), trusted=trusted) | tree
+        inherited = {key: parent[key] for key in INHERITED if key in parent}
+        # A parent decides which discards it passes down; what it does pass is meant.
+        return self._plan({"discard": "unmap", **inherited, **tree}, f"{path}{name}.", trusted=trusted, depth=depth)
+
+    async def _open_plan(self, plan: Plan) -> Node:
+        """Open the children, then the node on top of them."""
+        opened: list[Node] = []
+        try:
+            children: dict[str, Node] = {}
+            for name, below in plan.children.items():
+                child = below if isinstance(below, Node) else await self._open_plan(below)
+                if child is not below:
+                    opened.append(child)
+                children[name] = child
+            return await self._open_node(plan, children)
+        except BaseException:
+            for child in opened:
+                if child.name in self.nodes and not child.parents:
+                    await self.close(child)
+            raise
+
+    async def _open_node(self, plan: Plan, children: Mapping[str, Node]) -> Node:
+        driver = plan.kind(plan.options)
+        node = Node(driver, plan.options)
+        if any(chain_depth(child) >= MAX_CHAIN_DEPTH for child in children.values()):
+            raise BlockError(f"{node.name}: a chain of more than {MAX_CHAIN_DEPTH} nodes")
+        for name, child in children.items():
+            edge = Child(name, plan.kind.children[name].role, node, child)
+            child.parents.append(edge)
+            node.children[name] = edge
+        try:
+            if not is_built_in(plan.kind):
+                adapt(driver)
+            self.update_permissions([node])
+            for name in children:
+                driver.child_resized(name)
+            node.relink()
+            await driver.open()
+        except BaseException:
+            self._cut_children(node)
+            raise
+        if driver.size < 0:
+            await driver.close()
+            self._cut_children(node)
+            raise BlockError(f"{node.name}: driver {driver.name} has a negative size ({driver.size})")
+        node.opened = True
+        self.nodes[node.name] = node
+        if driver.limits.request_alignment > 1:
+            node.needs_tracking(on=True)
+        else:
+            node.relink()
+        return node
+
+    def _cut_children(self, node: Node) -> None:
+        for edge in node.children.values():
+            edge.node.parents.remove(edge)
+        below = [edge.node for edge in node.children.values()]
+        node.children.clear()
+        self.update_permissions(below)
+
+    # --- closing ------------------------------------------------------------------------------------------
+
+    async def close(self, node: Node) -> None:
+        """Flush and close a node that nobody uses, and then every child that nobody else uses.
+
+        Raises:
+            OSError: it could not be flushed (it is closed all the same).
+            BlockError: somebody uses it.
+        """
+        if node.parents:
+            users = ", ".join(edge.describe() for edge in node.parents)
+            raise BlockError(f"{node.describe()} is in use by {users}")
+        try:
+            if not node.read_only and node.opened:
+                await node.path.flush()
+        finally:
+            node.opened = False
+            below = [edge.node for edge in node.children.values()]
+            try:
+                await node.driver.close()
+            finally:
+                self.nodes.pop(node.name, None)
+                self._cut_children(node)
+                for child in below:
+                    if not child.parents and child.name in self.nodes:
+                        await self.close(child)
+
+    async def close_all(self) -> None:
+        """Close every node that no backend is attached to; errors are logged, and the first is raised at the end.
+
+        Raises:
+            OSError, BlockError: something could not be flushed or closed; everything else is closed.
+        """
+        first: BaseException | None = None
+        while tops := [node for node in self.nodes.values() if not node.parents]:
+            for node in tops:
+                try:
+                    await self.close(node)
+                except (OSError, BlockError) as problem:
+                    log.error("closing %s: %s", node.name, problem)
+                    first = first or problem
+        if first is not None:
+            raise first
+
+    # --- users --------------------------------------------------------------------------------------------
+
+    def attach(
+        self,
+        backend: BlockBackend,
+        node: Node,
+        held: Permission = Permission.CONSISTENT_READ,
+        shared: Permission = Permission.ALL,
+    ) -> None:
+        """Give a user its node.
+
+        Args:
+            backend: the user, not attached yet.
+            node: the node.
+            held: what it wants to do.
+            shared: what it lets others do meanwhile.
+
+        Raises:
+            PermissionConflict: somebody else's permissions stand against it; it is not attached.
+        """
+        if held & (Permission.WRITE | Permission.RESIZE) and node.read_only:
+            raise PermissionConflict(f"{backend.describe()} wants to write to {node.describe()}, which is read-only")
+        edge = backend.attach(node)
+        try:
+            self.update_permissions([node], {edge: (held, shared)})
+        except BaseException:
+            backend.detach()
+            raise
+
+    def detach(self, backend: BlockBackend) -> None:
+        """Take a user's node away. Nothing of it may be in flight."""
+        node = backend.node
+        backend.detach()
+        self.update_permissions([node])
+
+    def update_permissions(
+        self, changed: Iterable[Node], wanted: Mapping[Child, tuple[Permission, Permission]] | None = None
+    ) -> None:
+        """Work out the permissions of all edges below some nodes, check them all, then set them all.
+
+        Args:
+            changed: the nodes whose parents changed.
+            wanted: (held, shared) that edges from above are to get.
+
+        Raises:
+            PermissionConflict: two edges don't go together, or a file is locked by another process; nothing changed.
+        """
+        new = dict(wanted or {})
+        checked: list[Node] = []
+        order = downwards(changed)
+        try:
+            for node in order:
+                held, shared = Permission.NONE, Permission.ALL
+                for edge in node.parents:
+                    edge_held, edge_shared = new.get(edge, (edge.held, edge.shared))
+                    held |= edge_held
+                    shared &= edge_shared
+                check_conflicts(node, new)
+                checked.append(node)
+                node.driver.check_permissions(held, shared)
+                for name, edge in node.children.items():
+                    new[edge] = node.driver.child_permissions(name, held, shared)
+        except BaseException:
+            for node in reversed(checked):
+                node.driver.abort_permissions(*node.held_by_parents())
+            raise
+        for edge, (edge_held, edge_shared) in new.items():
+            edge.held, edge.shared = edge_held, edge_shared
+        for node in order:
+            node.driver.commit_permissions(*node.held_by_parents())
+
+    # --- changing -----------------------------------------------------------------------------------------
+
+    async def replace(self, edge: Child, node: Node) -> None:
+        """Let an edge lead to another node, while its user goes on using it.
+
+        Raises:
+            PermissionConflict, BlockError: it can't be; nothing has changed.
+        """
+        if isinstance(edge.parent, Node) and edge.parent in downwards([node]):
+            raise BlockError(f"{node.describe()} lies on {edge.parent.describe()}: that would make a loop")
+        before = edge.node
+        async with drained(before), drained(node):
+            before.parents.remove(edge)
+            node.parents.append(edge)
+            edge.node = node
+            try:
+                self.update_permissions([before, node])
+            except BaseException:
+                node.parents.remove(edge)
+                before.parents.append(edge)
+                edge.node = before
+                raise
+            edge.bind()
+            edge.parent.below_changed(edge)
+            if node.size != before.size:
+                edge.parent.below_resized(edge)
+
+
+@contextlib.asynccontextmanager
+async def drained(node: Node) -> AsyncIterator[None]:
+    """A section in which nothing is in flight at a node: everybody above starts nothing new until it ends.
+
+    May be nested. Must not be entered from within a request on that node.
+    """
+    edges = list(node.parents)
+    entered: list[Child] = []
+    try:
+        for edge in edges:
+            entered.append(edge)
+            await edge.parent.below_drained(edge)
+        yield
+    finally:
+        for edge in entered:
+            edge.parent.below_resumed(edge)
+
+
+def field_names(kind: type[msgspec.Struct]) -> list[str]:
+    """The names of a struct's options, as they are written."""
+    return [field.encode_name for field in msgspec.structs.fields(kind)]
+
+
+def downwards(nodes: Iterable[Node]) -> list[Node]:
+    """These nodes and all below them, each before its children."""
+    order: list[Node] = []
+    seen: set[Node] = set()
+
+    def visit(node: Node) -> None:
+        if node not in seen:
+            seen.add(node)
+            for edge in node.children.values():
+                visit(edge.node)
+            order.append(node)
+
+    for node in nodes:
+        visit(node)
+    return order[::-1]
+
+
+def chain_depth(node: Node) -> int:
+    """Nodes on the longest way down from a node, itself included."""
+    return 1 + max((chain_depth(edge.node) for edge in node.children.values()), default=0)
+
+
+def check_conflicts(node: Node, new: Mapping[Child, tuple[Permission, Permission]]) -> None:
+    """Check that what each parent holds is shared by every other.
+
+    Raises:
+        PermissionConflict: naming both, and what they differ about.
+    """
+    for edge in node.parents:
+        held = new.get(edge, (edge.held, edge.shared))[0]
+        for other in node.parents:
+            shared = new.get(other, (other.held, other.shared))[1]
+            if other is not edge and held & ~shared:
+                raise PermissionConflict(
+                    f"{edge.describe()} needs {Permission(held & ~shared).describe()} on {node.describe()}, "
+                    f"which {other.describe()} does not share"
+                )
+
+
+__all__ = ["Graph", "Limits", "Plan", "drained"]

@@ -1,0 +1,1 @@
+"""Where bytes live: drivers at the bottom of the graph."""
