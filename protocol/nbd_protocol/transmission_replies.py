@@ -41,7 +41,9 @@ BLOCK_STATUS_EXT_CODEC: Final = derive(messages.BLOCK_STATUS_EXT, "extended bloc
 EXTENT_CODEC: Final = derive(messages.EXTENT, "extent")
 EXTENT_EXT_CODEC: Final = derive(messages.EXTENT_EXT, "extended extent")
 
+# Plain integers and bound methods: these run for every request.
 _DONE: Final = int(ChunkFlag.DONE)
+_NONE: Final = int(ChunkType.NONE)
 _OFFSET_DATA: Final = int(ChunkType.OFFSET_DATA)
 _OFFSET_BYTES: Final = OFFSET_DATA_CODEC.size
 
@@ -142,6 +144,7 @@ class SimpleReplies(Replies):
     read_header_size = SIMPLE_REPLY_CODEC.size
     can_send_holes = False
 
+    _pack = SIMPLE_REPLY_CODEC.struct.pack
     _pack_into = SIMPLE_REPLY_CODEC.struct.pack_into
     _magic: int = SIMPLE_REPLY_CODEC.constants[0]
 
@@ -160,7 +163,7 @@ class SimpleReplies(Replies):
             raise LocalProtocolError(
                 f"a simple reply has all {request.length} bytes at {request.offset} at once, not {length} at {offset}"
             )
-        return SIMPLE_REPLY_CODEC.pack(0, request.cookie)
+        return self._pack(self._magic, 0, request.cookie)
 
     def read_hole(self, request: Request, offset: int, length: int, *, done: bool) -> bytes:
         """Raise LocalProtocolError: simple replies have no holes."""
@@ -168,11 +171,11 @@ class SimpleReplies(Replies):
 
     def done(self, request: Request) -> bytes:
         """See Replies."""
-        return SIMPLE_REPLY_CODEC.pack(0, request.cookie)
+        return self._pack(self._magic, 0, request.cookie)
 
     def error(self, request: Request, errno: Errno, text: str = "", offset: int | None = None) -> bytes:
         """See Replies."""
-        return SIMPLE_REPLY_CODEC.pack(_allowed_errno(request, errno), request.cookie)
+        return self._pack(self._magic, _allowed_errno(request, errno), request.cookie)
 
     def block_status(self, request: Request, context_id: int, extents: Extents, *, done: bool) -> bytes:
         """Raise LocalProtocolError: simple replies have no block status."""
@@ -188,12 +191,6 @@ class _ChunkedReplies(Replies):
     def _chunk(self, request: Request, chunk_type: int, length: int, *, done: bool) -> bytes:
         """Give the header of a chunk with `length` bytes of payload."""
 
-    def read_data(self, request: Request, offset: int, length: int, *, done: bool) -> bytes:
-        """See Replies."""
-        _check_chunk(request, offset, length)
-        header = self._chunk(request, _OFFSET_DATA, _OFFSET_BYTES + length, done=done)
-        return header + OFFSET_DATA_CODEC.pack(offset)
-
     def read_hole(self, request: Request, offset: int, length: int, *, done: bool) -> bytes:
         """See Replies."""
         _check_chunk(request, offset, length)
@@ -202,7 +199,7 @@ class _ChunkedReplies(Replies):
 
     def done(self, request: Request) -> bytes:
         """See Replies."""
-        return self._chunk(request, ChunkType.NONE, 0, done=True)
+        return self._chunk(request, _NONE, 0, done=True)
 
     def error(self, request: Request, errno: Errno, text: str = "", offset: int | None = None) -> bytes:
         """See Replies."""
@@ -222,6 +219,8 @@ class StructuredReplies(_ChunkedReplies):
     mode = ReplyMode.STRUCTURED
     read_header_size = STRUCTURED_DATA_CODEC.size
 
+    _pack_chunk = STRUCTURED_CHUNK_CODEC.struct.pack
+    _pack_data = STRUCTURED_DATA_CODEC.struct.pack
     _pack_into = STRUCTURED_DATA_CODEC.struct.pack_into
     _magic: int = STRUCTURED_DATA_CODEC.constants[0]
 
@@ -234,7 +233,14 @@ class StructuredReplies(_ChunkedReplies):
         self._pack_into(buffer, position, self._magic, _DONE, _OFFSET_DATA, cookie, length + _OFFSET_BYTES, offset)
 
     def _chunk(self, request: Request, chunk_type: int, length: int, *, done: bool) -> bytes:
-        return STRUCTURED_CHUNK_CODEC.pack(_DONE if done else 0, chunk_type, request.cookie, length)
+        flags = _DONE if done else 0
+        return self._pack_chunk(self._magic, flags, chunk_type, request.cookie, length)
+
+    def read_data(self, request: Request, offset: int, length: int, *, done: bool) -> bytes:
+        """See Replies."""
+        _check_chunk(request, offset, length)
+        flags, length = _DONE if done else 0, _OFFSET_BYTES + length
+        return self._pack_data(self._magic, flags, _OFFSET_DATA, request.cookie, length, offset)
 
     def block_status(self, request: Request, context_id: int, extents: Extents, *, done: bool) -> bytes:
         """See Replies."""
@@ -249,6 +255,8 @@ class ExtendedReplies(_ChunkedReplies):
     mode = ReplyMode.EXTENDED
     read_header_size = EXTENDED_DATA_CODEC.size
 
+    _pack_chunk = EXTENDED_CHUNK_CODEC.struct.pack
+    _pack_data = EXTENDED_DATA_CODEC.struct.pack
     _pack_into = EXTENDED_DATA_CODEC.struct.pack_into
     _magic: int = EXTENDED_DATA_CODEC.constants[0]
 
@@ -262,7 +270,14 @@ class ExtendedReplies(_ChunkedReplies):
         self._pack_into(buffer, position, self._magic, _DONE, _OFFSET_DATA, cookie, offset, length, offset)
 
     def _chunk(self, request: Request, chunk_type: int, length: int, *, done: bool) -> bytes:
-        return EXTENDED_CHUNK_CODEC.pack(_DONE if done else 0, chunk_type, request.cookie, request.offset, length)
+        flags = _DONE if done else 0
+        return self._pack_chunk(self._magic, flags, chunk_type, request.cookie, request.offset, length)
+
+    def read_data(self, request: Request, offset: int, length: int, *, done: bool) -> bytes:
+        """See Replies."""
+        _check_chunk(request, offset, length)
+        flags, length = _DONE if done else 0, _OFFSET_BYTES + length
+        return self._pack_data(self._magic, flags, _OFFSET_DATA, request.cookie, request.offset, length, offset)
 
     def block_status(self, request: Request, context_id: int, extents: Extents, *, done: bool) -> bytes:
         """See Replies."""
