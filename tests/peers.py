@@ -21,7 +21,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote
@@ -127,16 +127,18 @@ class Peer:
     process: Process
     endpoint: Endpoint
     log_path: Path
-    stopped: bool = field(default=False)
+    command: tuple[str, ...]
+    default_export: str = ""
+    stopped: bool = False
 
     @property
     def pid(self) -> int:
         """The process id."""
         return self.process.pid
 
-    def uri(self, export: str = "") -> str:
-        """The NBD URI of one of its exports."""
-        return self.endpoint.uri(export)
+    def uri(self, export: str | None = None) -> str:
+        """The NBD URI of one of its exports; of its default export, if it isn't named."""
+        return self.endpoint.uri(self.default_export if export is None else export)
 
     def log(self) -> str:
         """Everything it has written to its standard output and error."""
@@ -309,8 +311,11 @@ def nbd_server(exports: Mapping[str, Path], *settings: str, tcp: bool = False) -
         config.write_text("\n".join(lines) + "\n")
         pid_file = folder / "nbd-server.pid"
         # It always leaves for the background: the process that was started ends, another one serves.
-        run(program, "-C", config, "-p", pid_file)
-        peer = Peer("nbd-server", Daemon(_read_pid(pid_file)), endpoint, folder / "nbd-server.log")
+        command = (program, "-C", str(config), "-p", str(pid_file))
+        run(*command)
+        peer = Peer(
+            "nbd-server", Daemon(_read_pid(pid_file)), endpoint, folder / "nbd-server.log", command, next(iter(exports))
+        )
         peer.log_path.touch()
         with _running_until_left(peer):
             yield peer
@@ -343,15 +348,16 @@ def _started(
     name: str, command: Sequence[str | Path], endpoint: Endpoint, folder: Path, env: Mapping[str, str] | None = None
 ) -> Iterator[Peer]:
     log_path = folder / f"{name}.log"
+    words = [str(word) for word in command]
     with log_path.open("wb") as log:
         process = subprocess.Popen(
-            [str(word) for word in command],
+            words,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             env=_environment(env),
         )
-    with _running_until_left(Peer(name, process, endpoint, log_path)) as peer:
+    with _running_until_left(Peer(name, process, endpoint, log_path, tuple(words))) as peer:
         yield peer
 
 

@@ -1,0 +1,77 @@
+"""The cells of the benchmark: what is measured, on which disk, and what pynbd must reach."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+
+from tests.benchmarks.loads import CachedBesideUncached, Fio, FuaWrites, Load, Memory, Start
+from tests.benchmarks.servers import Disk
+
+KIB = 1 << 10
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One line of the table.
+
+    Args:
+        name: how it is chosen on the command line.
+        load: what is done.
+        disk: to what.
+        targets: the least median ratio to each peer.
+        bound: the most (or least) that pynbd's own figure may be, in the load's unit, where a ratio says nothing.
+    """
+
+    name: str
+    load: Load
+    disk: Disk = Disk.RANDOM
+    targets: Mapping[str, float] = field(default_factory=dict)
+    bound: float | None = None
+
+
+def _against(nbdkit: float, qemu_nbd: float | None = None) -> dict[str, float]:
+    return {"nbdkit": nbdkit} | ({} if qemu_nbd is None else {"qemu-nbd": qemu_nbd})
+
+
+_LOADS: dict[str, tuple[Load, dict[str, float]]] = {
+    "read-4k-d1": (Fio("randread", 4 * KIB, 1), _against(1.0, 1.2)),
+    "read-4k-d32": (Fio("randread", 4 * KIB, 32), _against(1.2, 3)),
+    "write-4k-d32": (Fio("randwrite", 4 * KIB, 32), _against(2, 2)),
+    "mixed-4k-d32-c4": (Fio("randrw", 4 * KIB, 32, connections=4), _against(1.2, 2)),
+    "read-64k-d16": (Fio("randread", 64 * KIB, 16), _against(1.2, 1.5)),
+    "read-1m-d8": (Fio("randread", MIB, 8), _against(1.3, 1.5)),
+    "write-1m-d8": (Fio("randwrite", MIB, 8), _against(1.0, 1.0)),
+    "write-4k-fua": (FuaWrites(depth=32), _against(1.0, 1.0)),
+    "write-4k-flush32": (Fio("randwrite", 4 * KIB, 32, flush_every=32), _against(1.0, 1.0)),
+    "read-4k-d4-c64": (Fio("randread", 4 * KIB, 4, connections=64), _against(1.0, 2)),
+}
+
+CELLS: Sequence[Cell] = (
+    *(Cell(name, load, targets=targets) for name, (load, targets) in _LOADS.items()),
+    Cell("filters3-read-4k-d32", Fio("randread", 4 * KIB, 32), Disk.FILTERED, _against(1.2)),
+    *(
+        # Memory has nothing to make durable: the cells of FUA and flush are the same as those without.
+        Cell(f"memory-{name}", load, Disk.MEMORY, _against(1.0))
+        for name, (load, _) in _LOADS.items()
+        if name not in ("write-4k-fua", "write-4k-flush32")
+    ),
+    Cell("python-read-4k-d32", Fio("randread", 4 * KIB, 32), Disk.PYTHON, _against(4)),
+    Cell("rss-1t-idle", Memory(under_load=False), Disk.SPARSE, bound=40),
+    Cell("rss-1t-load", Memory(under_load=True), Disk.SPARSE, bound=120),
+    Cell("start", Start(), bound=250),
+    Cell("cached-beside-uncached", CachedBesideUncached()),
+)
+
+
+def chosen(patterns: Sequence[str]) -> list[Cell]:
+    """The cells whose names match any of the shell patterns, in the order of the table; all for no pattern.
+
+    Raises ValueError, with the names there are, for a pattern that matches nothing.
+    """
+    for pattern in patterns:
+        if not any(fnmatch(cell.name, pattern) for cell in CELLS):
+            raise ValueError(f"no cell is named {pattern!r}; there are: {', '.join(cell.name for cell in CELLS)}")
+    return [cell for cell in CELLS if not patterns or any(fnmatch(cell.name, pattern) for pattern in patterns)]

@@ -1,0 +1,123 @@
+"""The servers that are measured, and how each serves each kind of disk."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from tests import peers
+from tests.benchmarks.disks import PYTHON_DISKS, Disks
+
+MEMORY_BYTES = 256 << 20
+"""The size of the disks in memory; small enough to be filled before each measurement."""
+
+QEMU_CLIENTS = 80
+"""More than the most connections of any cell; qemu-nbd takes one client unless told otherwise."""
+
+
+class Disk(Enum):
+    """What is served."""
+
+    RANDOM = "a raw file of random data"
+    FILTERED = "the same under three filters that pass all through"
+    SPARSE = "a sparse file of 1 TiB"
+    MEMORY = "memory"
+    PYTHON = "a user's driver in Python"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all servers of a run are started with."""
+
+    disks: Disks
+    tcp: bool
+    pynbd_python: str = sys.executable
+
+
+Serve = Callable[[Setup], AbstractContextManager[peers.Peer]]
+
+
+@dataclass(frozen=True)
+class Server:
+    """One contender: its name, the program it needs, and how it serves what it can serve."""
+
+    name: str
+    program: str
+    serves: dict[Disk, Serve]
+
+    def missing(self) -> str:
+        """Why it can't take part, "" if it can."""
+        if shutil.which(self.program, path=peers.SYSTEM_PATH) is None:
+            return f"{self.program} is not installed"
+        return ""
+
+
+def _pynbd(*arguments: str | Path, disk: Callable[[Setup], list[str | Path]]) -> Serve:
+    @contextlib.contextmanager
+    def serve(setup: Setup) -> Iterator[peers.Peer]:
+        # Another Python than the tests' own has pynbd's dependencies, not pynbd.
+        path = {"PYTHONPATH": f"{peers.ROOT}:{peers.ROOT / 'protocol'}"} if setup.pynbd_python != sys.executable else {}
+        python = setup.pynbd_python
+        with peers.pynbd_serve(*arguments, *disk(setup), tcp=setup.tcp, python=python, env=path) as peer:
+            yield peer
+
+    return serve
+
+
+def _qemu_nbd(disk: Callable[[Setup], Path]) -> Serve:
+    return lambda setup: peers.qemu_nbd(disk(setup), tcp=setup.tcp, clients=QEMU_CLIENTS)
+
+
+def _nbdkit(plugin: str, argument: Callable[[Setup], str | Path], filters: int = 0) -> Serve:
+    options = ["--filter=nofilter"] * filters
+    return lambda setup: peers.nbdkit(plugin, argument(setup), options=options, tcp=setup.tcp)
+
+
+def _nbd_server(disk: Callable[[Setup], Path]) -> Serve:
+    return lambda setup: peers.nbd_server({"disk": disk(setup)}, tcp=setup.tcp)
+
+
+def _random(setup: Setup) -> Path:
+    return setup.disks.random
+
+
+def _sparse(setup: Setup) -> Path:
+    return setup.disks.sparse
+
+
+PYNBD = Server(
+    "pynbd",
+    sys.executable,
+    {
+        Disk.RANDOM: _pynbd("-f", "raw", disk=lambda setup: [_random(setup)]),
+        Disk.FILTERED: _pynbd("-f", "raw", *["--filter", "nofilter"] * 3, disk=lambda setup: [_random(setup)]),
+        Disk.SPARSE: _pynbd("-f", "raw", disk=lambda setup: [_sparse(setup)]),
+        Disk.MEMORY: _pynbd(disk=lambda _: [f"driver=memory,size={MEMORY_BYTES}"]),
+        Disk.PYTHON: _pynbd(disk=lambda _: [PYTHON_DISKS / "for_pynbd.py"]),
+    },
+)
+
+PEERS = (
+    Server(
+        "nbdkit",
+        "nbdkit",
+        {
+            Disk.RANDOM: _nbdkit("file", _random),
+            Disk.FILTERED: _nbdkit("file", _random, filters=3),
+            Disk.SPARSE: _nbdkit("file", _sparse),
+            Disk.MEMORY: _nbdkit("memory", lambda _: str(MEMORY_BYTES)),
+            Disk.PYTHON: _nbdkit("python", lambda _: PYTHON_DISKS / "for_nbdkit.py"),
+        },
+    ),
+    Server("qemu-nbd", "qemu-nbd", {Disk.RANDOM: _qemu_nbd(_random), Disk.SPARSE: _qemu_nbd(_sparse)}),
+    Server("nbd-server", "nbd-server", {Disk.RANDOM: _nbd_server(_random), Disk.SPARSE: _nbd_server(_sparse)}),
+)
+
+DEFAULT_PEERS = ("nbdkit", "qemu-nbd")
+"""Whom pynbd is measured against unless the command line says otherwise."""
