@@ -72,6 +72,13 @@ def server(tmp_path: Path) -> Iterator[ServerUnderTest]:
         yield running
 
 
+RELEASE_ALL = """
+for folder in $(awk '$2 ~ "^/mnt" { print $2 }' /proc/mounts); do umount "$folder"; done
+for device in nbd0 nbd1; do test ! -e /sys/block/$device/pid || nbd-client -d /dev/$device; done
+! grep -q /mnt /proc/mounts && test ! -e /sys/block/nbd0/pid && test ! -e /sys/block/nbd1/pid
+"""
+
+
 @pytest.fixture
 def guest(guest_of_module: GuestOfModule, server: ServerUnderTest) -> Iterator[Guest]:
     """The module's guest, with the nbd module loaded; afterwards nothing is mounted or attached in it any more.
@@ -82,7 +89,4 @@ def guest(guest_of_module: GuestOfModule, server: ServerUnderTest) -> Iterator[G
     guest.run("modprobe nbd nbds_max=2")
     yield guest
     if guest.usable:
-        guest.run(
-            "for d in $(awk '$2 ~ \"^/mnt\" {print $2}' /proc/mounts); do umount $d || exit_status=1; done;"
-            "for n in 0 1; do test ! -e /sys/block/nbd$n/pid || nbd-client -d /dev/nbd$n; done"
-        )
+        guest.run(RELEASE_ALL)

@@ -13,8 +13,8 @@ from tests.attach.guest import Guest
 from tests.peers import require_tool
 
 MOUNT_POINT = "/mnt/ext4"
-KEPT_BYTES = 12 << 20
-DELETED_BYTES = 24 << 20
+KEPT_BYTES = 8 << 20
+DELETED_BYTES = 3 * KEPT_BYTES
 SMALL_FILES = 40
 
 
@@ -47,7 +47,7 @@ def live_through_ext4(guest: Guest, device: str, image: Path) -> KeptFile:
 def _fill(guest: Guest) -> None:
     guest.run(
         f"cd {MOUNT_POINT} && mkdir small"
-        f" && head -c {KEPT_BYTES} /dev/urandom >kept && head -c {DELETED_BYTES} /dev/urandom >deleted"
+        f" && dd if=/dev/urandom of=kept bs=1M count={KEPT_BYTES >> 20} 2>/tmp/dd && cat kept kept kept >deleted"
         f" && for n in $(seq {SMALL_FILES}); do head -c $((n * 997)) /dev/urandom >small/$n || exit; done"
         " && sync && sha256sum kept small/* >/tmp/sums; status=$?; cd /; (exit $status)"
     )

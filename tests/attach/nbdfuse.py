@@ -75,9 +75,12 @@ def loop_device(file: Path) -> Iterator[Path]:
 
     A buffered one would answer nearly all reads out of the host's page cache.
     """
-    device = run("losetup", "--find", "--show", "--direct-io=on", file).strip()
+    device = Path(run("losetup", "--find", "--show", "--direct-io=on", file).strip())
     try:
-        yield Path(device)
+        # losetup only warns where the file allows no direct I/O.
+        if Path("/sys/block", device.name, "loop", "dio").read_text().strip() != "1":
+            raise CommandError(f"{device} over {file} does no direct I/O")
+        yield device
     finally:
         run("losetup", "--detach", device)
 

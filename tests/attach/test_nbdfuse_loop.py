@@ -10,8 +10,7 @@ import pytest
 
 from tests.attach.disks import allocated_bytes, check_ext4, check_xfs, sparse_disk
 from tests.attach.nbdfuse import loop_device, mounted, nbdfuse_file, why_no_nbdfuse_stack
-from tests.attach.server import ServerUnderTest
-from tests.peers import require_tool, run
+from tests.peers import pynbd_serve, require_tool, run
 
 DISK_BYTES = 512 << 20
 """mkfs.xfs makes nothing below 300 MiB."""
@@ -27,7 +26,7 @@ def verify_with_fio(folder: Path) -> None:
     """Random writes of mixed sizes, then every block read again and its checksum compared."""
     run(
         require_tool("fio", package="fio"),
-        *("--name=verify", f"--directory={folder}", "--size=32M", "--rw=randwrite", "--bsrange=4k-64k"),
+        *("--name=verify", f"--directory={folder}", "--size=64M", "--rw=randwrite", "--bsrange=4k-64k"),
         *("--blockalign=4k", "--ioengine=libaio", "--iodepth=16", "--direct=1", "--fallocate=none", "--end_fsync=1"),
         *("--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--verify_state_save=0"),
     )
@@ -42,22 +41,23 @@ def test_filesystem_of_this_kernel_over_nbdfuse(kind: str, tmp_path: Path) -> No
         pytest.skip(reason)
     image = sparse_disk(tmp_path / "disk.raw", DISK_BYTES)
     kept = os.urandom(1 << 20)
-    with ServerUnderTest(image, tmp_path / "server.log") as server:
-        with nbdfuse_file(server.uri, DISK_BYTES, tmp_path / "fuse") as file, loop_device(file) as device:
-            run(require_tool(f"mkfs.{kind}", package=PACKAGES[kind]), "-q", device)
-            with mounted(device, tmp_path / "mnt") as folder:
-                (folder / "kept").write_bytes(kept)
-                (folder / "deleted").write_bytes(os.urandom(DELETED_BYTES))
-                verify_with_fio(folder)
-            before_bytes = allocated_bytes(image)
-            with mounted(device, tmp_path / "mnt") as folder:
-                (folder / "deleted").unlink()
-            with mounted(device, tmp_path / "mnt") as folder:
-                run("fstrim", folder)
-                assert before_bytes - allocated_bytes(image) >= DELETED_BYTES * 9 // 10, (
-                    "fstrim did not reach the image"
-                )
-                assert (folder / "kept").read_bytes() == kept
-            CHECKS[kind](device)
-        server.stop()
-        CHECKS[kind](image)
+    with (
+        pynbd_serve("--discard", "unmap", image) as server,
+        nbdfuse_file(server.uri(), DISK_BYTES, tmp_path / "fuse") as file,
+        loop_device(file) as device,
+    ):
+        run(require_tool(f"mkfs.{kind}", package=PACKAGES[kind]), "-q", device)
+        with mounted(device, tmp_path / "mnt") as folder:
+            (folder / "kept").write_bytes(kept)
+            (folder / "deleted").write_bytes(os.urandom(DELETED_BYTES))
+            verify_with_fio(folder)
+        before_bytes = allocated_bytes(image)
+        with mounted(device, tmp_path / "mnt") as folder:
+            (folder / "deleted").unlink()
+        with mounted(device, tmp_path / "mnt") as folder:
+            run("fstrim", folder)
+            freed_bytes = before_bytes - allocated_bytes(image)
+            assert freed_bytes >= DELETED_BYTES * 9 // 10, "fstrim did not reach the image"
+            assert (folder / "kept").read_bytes() == kept
+        CHECKS[kind](device)
+    CHECKS[kind](image)

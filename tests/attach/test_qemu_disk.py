@@ -13,6 +13,8 @@ from tests.attach.server import ADDRESS, ServerUnderTest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
+WRITE_IN_FLIGHT = "awk '{ exit $9 == 0 }' /sys/block/vda/stat"
+
 
 def test_filesystem_on_vda_lives_until_power_off(
     kernel: Kernel, initramfs: Path, server: ServerUnderTest, tmp_path: Path
@@ -35,6 +37,9 @@ def test_guest_that_dies_under_write_leaves_what_it_synced(
             "head -c 4194304 /dev/urandom >/tmp/data && dd if=/tmp/data of=/dev/vda bs=256k conv=fsync 2>/tmp/dd"
             " && sha256sum </tmp/data"
         )
-        guest.run("dd if=/dev/zero of=/dev/vda bs=64k seek=256 count=1024 2>/tmp/dd &")
+        guest.run(
+            "dd if=/dev/zero of=/dev/vda bs=64k seek=256 count=1024 oflag=direct 2>/tmp/dd &\n"
+            f"until {WRITE_IN_FLIGHT} || ! kill -0 $!; do :; done"
+        )
     with Guest(kernel, initramfs, tmp_path, drives=[drive]) as guest:
         assert guest.run("dd if=/dev/vda bs=256k count=16 2>/tmp/dd | sha256sum") == synced
