@@ -45,16 +45,15 @@ def nbdfuse_file(uri: str, size_bytes: int, folder: Path) -> Iterator[Path]:
         try:
             _wait_for_size(file, size_bytes, process, Path(log.name))
             yield file
+            run("umount", folder)
+            status = process.wait(READY_TIMEOUT_S)
         finally:
             if _is_mounted(folder):
-                _unmount(folder)
-            else:
-                process.kill()
-            try:
-                status = process.wait(READY_TIMEOUT_S)
-            finally:
-                process.kill()
-                process.wait()
+                run("umount", "--lazy", folder)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(READY_TIMEOUT_S)
+            process.kill()
+            process.wait()
     if status != 0:
         raise CommandError(f"nbdfuse ended with status {status}\n{Path(log.name).read_text()}")
 
@@ -92,19 +91,13 @@ def mounted(device: Path, folder: Path) -> Iterator[Path]:
     run("mount", device, folder)
     try:
         yield folder
+        run("umount", folder)
     finally:
-        _unmount(folder)
+        # After a failure something may still hold the filesystem for a moment: it goes when that lets go.
+        if _is_mounted(folder):
+            run("umount", "--lazy", folder)
 
 
 def _is_mounted(folder: Path) -> bool:
     """Ask the kernel's table: looking at the folder itself fails when nbdfuse is dead."""
     return any(line.split()[1] == str(folder) for line in Path("/proc/self/mounts").read_text().splitlines())
-
-
-def _unmount(folder: Path) -> None:
-    """Unmount `folder`; where something still uses it, at least take it out of sight, and raise."""
-    try:
-        run("umount", folder)
-    except CommandError:
-        run("umount", "--lazy", folder)
-        raise

@@ -28,7 +28,7 @@ def verify_with_fio(folder: Path) -> None:
         require_tool("fio", package="fio"),
         *("--name=verify", f"--directory={folder}", "--size=64M", "--rw=randwrite", "--bsrange=4k-64k"),
         *("--blockalign=4k", "--ioengine=libaio", "--iodepth=16", "--direct=1", "--fallocate=none", "--end_fsync=1"),
-        *("--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--verify_state_save=0"),
+        *("--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--verify_state_save=0", "--thread"),
     )
 
 
