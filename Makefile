@@ -11,7 +11,7 @@ chosen_python = $(filter-out file default,$(origin PYTHON))
 
 # A Python that the user named and that is not the one of the environment makes it anew.
 ifneq ($(chosen_python),)
-ifneq ($(shell $(PYTHON) -V 2>&1),$(shell $(python) -V 2>&1))
+ifneq ($(shell { $(PYTHON) -V; } 2>/dev/null),$(shell { $(python) -V; } 2>/dev/null))
 .PHONY: $(VENV)/.installed $(VENV)/.installed-dev
 endif
 endif
