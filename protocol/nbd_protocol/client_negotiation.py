@@ -54,7 +54,7 @@ from nbd_protocol.constants import (
     TransmissionFlag,
 )
 from nbd_protocol.errors import LocalProtocolError, RemoteProtocolError
-from nbd_protocol.negotiation import NEED_DATA, ExportInfo, NeedData, advertised_flags, info_from_told
+from nbd_protocol.negotiation import NEED_DATA, ExportInfo, NeedData, advertised_flags, info_from_told, name_of
 from nbd_protocol.negotiation_events import (
     ClientEvent,
     Ended,
@@ -406,9 +406,9 @@ class ClientNegotiation:
 
     def _check_reply(self, header: m.OptionReplyHeader) -> None:
         """Refuse a reply as soon as its header is there: what is wrong need not be waited for."""
-        where = f"reply {header.type!r} of {header.length} bytes to {header.option!r}"
+        where = f"reply {name_of(header.type)} of {header.length} bytes to {name_of(header.option)}"
         if header.option != self._asked:
-            raise RemoteProtocolError(f"{where}, asked was {self._asked!r}")
+            raise RemoteProtocolError(f"{where}, asked was {self._asked.name}")
         if header.length > MAX_OPTION_REPLY_BYTES:
             raise RemoteProtocolError(f"{where}, expected at most {MAX_OPTION_REPLY_BYTES}")
         if header.type & OPTION_REPLY_ERROR_BIT:
@@ -514,9 +514,7 @@ class ClientNegotiation:
     def _described(self) -> ExportInfo:
         info = info_from_told(m.parse_info(item) for item in self._items)
         if info is None:
-            raise RemoteProtocolError(
-                f"{self._asked!r} of {self._command.export!r} was answered without size and flags"
-            )
+            raise RemoteProtocolError(f"{self._asked.name} of {self._command.export!r} was answered without its size")
         return self._checked(info)
 
     def _selected_contexts(self) -> dict[int, str]:
@@ -549,9 +547,9 @@ class ClientNegotiation:
 
     def _give(self, command: Command) -> None:
         if self._state in {State.TRANSMISSION, State.ENDED}:
-            raise LocalProtocolError(f"{command.option!r} comes too late, awaited is {self._state.value}")
+            raise LocalProtocolError(f"{command.option.name} comes too late, awaited is {self._state.value}")
         if self._commands and self._commands[-1].option in {Option.SET_META_CONTEXT, Option.ABORT}:
-            raise LocalProtocolError(f"{command.option!r} after connect() or abort()")
+            raise LocalProtocolError(f"{command.option.name} after connect() or abort()")
         _build_payload(command.option, command)
         self._commands.append(command)
 

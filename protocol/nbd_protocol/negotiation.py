@@ -140,3 +140,8 @@ def text_for_people(text: str) -> str:
     """`text` as it may be sent where a person reads it: no NUL, no lone surrogates, cut to the longest string."""
     encoded = text.replace("\0", "").encode("utf-8", "replace")
     return encoded[:MAX_STRING_BYTES].decode("utf-8", "ignore")
+
+
+def name_of(number: int) -> str:
+    """What an option or a reply is called in error texts: the specification's name, or the number of an unknown one."""
+    return number.name if isinstance(number, enum.Enum) else str(number)

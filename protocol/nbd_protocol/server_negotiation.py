@@ -45,7 +45,15 @@ from nbd_protocol.constants import (
     ReplyMode,
 )
 from nbd_protocol.errors import LocalProtocolError, RemoteProtocolError
-from nbd_protocol.negotiation import NEED_DATA, ExportInfo, NeedData, advertised_flags, infos_to_tell, text_for_people
+from nbd_protocol.negotiation import (
+    NEED_DATA,
+    ExportInfo,
+    NeedData,
+    advertised_flags,
+    infos_to_tell,
+    name_of,
+    text_for_people,
+)
 from nbd_protocol.negotiation_events import (
     Aborted,
     Closed,
@@ -308,7 +316,7 @@ class ServerNegotiation:
         """
         question = self._check_answer("refuse")
         if not reply_type & OPTION_REPLY_ERROR_BIT:
-            raise LocalProtocolError(f"{reply_type!r} is no error reply")
+            raise LocalProtocolError(f"{name_of(reply_type)} is no error reply")
         if reply_type == OptionReplyType.ERR_TLS_REQD and (self._tls == "off" or self._secure):
             raise LocalProtocolError("ERR_TLS_REQD to a client that cannot begin TLS")
         self._question = None
@@ -346,7 +354,9 @@ class ServerNegotiation:
             )
         option, length = self._header.option, self._header.length
         if length > MAX_OPTION_SKIPPED_BYTES:
-            raise self._broken(f"option {option!r} of {length} bytes, at most {MAX_OPTION_SKIPPED_BYTES} are read")
+            raise self._broken(
+                f"option {name_of(option)} of {length} bytes, at most {MAX_OPTION_SKIPPED_BYTES} are read"
+            )
         if option == Option.SET_META_CONTEXT:
             self._forget_contexts()  # even where it is going to fail, it replaces what was set
         self._refusal = self._early_refusal(option, length)
