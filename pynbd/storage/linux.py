@@ -1,0 +1,224 @@
+"""Linux system calls that `os` lacks: fallocate modes, block device ioctls, OFD locks, statfs, statx, cachestat.
+
+Everything here is a thin typed wrapper: it raises `OSError` with the errno and does not retry, except after EINTR.
+Names of numbers are the kernel's, so that they can be searched for.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+import sys
+from typing import Final, NamedTuple
+
+assert sys.platform == "linux", "pynbd's storage needs Linux"
+
+FALLOC_FL_KEEP_SIZE: Final = 0x01
+FALLOC_FL_PUNCH_HOLE: Final = 0x02
+FALLOC_FL_ZERO_RANGE: Final = 0x10
+
+BLKROGET: Final = 0x125E
+BLKSSZGET: Final = 0x1268
+BLKDISCARD: Final = 0x1277
+BLKZEROOUT: Final = 0x127F
+BLKGETSIZE64: Final = 0x80081272
+
+TMPFS_MAGIC: Final = 0x01021994
+RAMFS_MAGIC: Final = 0x858458F6
+HUGETLBFS_MAGIC: Final = 0x958458F6
+MEMORY_FILE_SYSTEMS: Final = frozenset({TMPFS_MAGIC, RAMFS_MAGIC, HUGETLBFS_MAGIC})
+
+AT_EMPTY_PATH: Final = 0x1000
+STATX_DIOALIGN: Final = 0x2000
+
+SYS_CACHESTAT: Final = 451
+"""The number of cachestat(2), which is the same on every architecture (Linux 6.5)."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _function(name: str, *arguments: type) -> "ctypes._FuncPointer | None":
+    function = getattr(_libc, name, None)
+    if function is not None:
+        function.argtypes = arguments
+        function.restype = ctypes.c_int
+    return function
+
+
+_off = ctypes.c_int64
+# On 64-bit systems off_t has 64 bits anyway; on others the plain name takes 32.
+_fallocate = _function("fallocate64", ctypes.c_int, ctypes.c_int, _off, _off) or _function(
+    "fallocate", ctypes.c_int, ctypes.c_int, _off, _off
+)
+_fstatfs = _function("fstatfs", ctypes.c_int, ctypes.c_void_p)
+_statx = _function("statx", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p)
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+
+
+def _failed() -> OSError:
+    code = ctypes.get_errno()
+    return OSError(code, os.strerror(code))
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2): reserve, zero or punch out `length` bytes (over 0) at `offset`.
+
+    Raises:
+        OSError: EOPNOTSUPP or ENOSYS where the file system lacks the mode; nothing was changed then.
+    """
+    if _fallocate is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    while _fallocate(fd, mode, offset, length) != 0:
+        problem = _failed()
+        if problem.errno != errno.EINTR:
+            raise problem
+
+
+def file_system_magic(fd: int) -> int:
+    """The `f_type` of the file system that an open file lies on, as in <linux/magic.h>."""
+    buffer = ctypes.create_string_buffer(256)
+    if _fstatfs is None or _fstatfs(fd, buffer) != 0:
+        raise _failed()
+    return int(struct.unpack_from("l", buffer.raw)[0]) & 0xFFFFFFFF
+
+
+def nowait_flags(fd: int) -> int | None:
+    """The flags with which `preadv` of a file never waits for a disk.
+
+    Returns:
+        0 on file systems that live in memory, `RWF_NOWAIT` where the file takes it, None if there are none.
+    """
+    if file_system_magic(fd) in MEMORY_FILE_SYSTEMS:
+        return 0
+    try:
+        os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return os.RWF_NOWAIT  # it is understood: this byte is not in the page cache
+    except OSError as problem:
+        if problem.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            return None
+        return os.RWF_NOWAIT  # a bad sector, for example: whoever reads it will be told
+    return os.RWF_NOWAIT
+
+
+# --- block devices -----------------------------------------------------------------------------------------
+
+
+def _ioctl_number(fd: int, request: int, form: str) -> int:
+    answer = fcntl.ioctl(fd, request, bytes(struct.calcsize(form)))
+    return int(struct.unpack(form, answer)[0])
+
+
+def device_size(fd: int) -> int:
+    """The length of a block device in bytes."""
+    return _ioctl_number(fd, BLKGETSIZE64, "Q")
+
+
+def logical_block_size(fd: int) -> int:
+    """The bytes of the smallest unit that a block device can address."""
+    return _ioctl_number(fd, BLKSSZGET, "i")
+
+
+def device_is_read_only(fd: int) -> bool:
+    """Whether a block device refuses writes."""
+    return bool(_ioctl_number(fd, BLKROGET, "i"))
+
+
+def device_discard(fd: int, offset: int, length: int) -> None:
+    """BLKDISCARD: the range is no longer needed; multiples of the logical block size."""
+    fcntl.ioctl(fd, BLKDISCARD, struct.pack("QQ", offset, length))
+
+
+def device_zero_out(fd: int, offset: int, length: int) -> None:
+    """BLKZEROOUT: make the range read as zeroes, by writing them if need be; multiples of the logical block size."""
+    fcntl.ioctl(fd, BLKZEROOUT, struct.pack("QQ", offset, length))
+
+
+# --- locks of an open file description ---------------------------------------------------------------------
+
+_FLOCK = "hhqqi0q"
+"""struct flock with a 64-bit off_t: type, whence, start, length, pid."""
+
+
+def _ofd(fd: int, command: int, kind: int, offset: int, length: int) -> int:
+    answer = fcntl.fcntl(fd, command, struct.pack(_FLOCK, kind, os.SEEK_SET, offset, length, 0))
+    return int(struct.unpack(_FLOCK, answer)[0])
+
+
+def lock_shared(fd: int, offset: int, length: int = 1) -> None:
+    """Take a shared OFD lock without waiting.
+
+    Raises:
+        OSError: EAGAIN or EACCES, somebody has an exclusive lock; others where the file system has no locks.
+    """
+    _ofd(fd, fcntl.F_OFD_SETLK, fcntl.F_RDLCK, offset, length)
+
+
+def unlock(fd: int, offset: int, length: int = 1) -> None:
+    """Give an OFD lock back."""
+    _ofd(fd, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, offset, length)
+
+
+def locked_by_others(fd: int, offset: int, length: int = 1) -> bool:
+    """Whether another open file description holds any lock on these bytes."""
+    return _ofd(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, offset, length) != fcntl.F_UNLCK
+
+
+# --- direct I/O, page cache --------------------------------------------------------------------------------
+
+
+class DirectAlignment(NamedTuple):
+    """What direct I/O on a file asks for, in bytes."""
+
+    memory: int
+    offset: int
+
+
+def direct_alignment(fd: int) -> DirectAlignment | None:
+    """What the kernel says of direct I/O on a file (statx, Linux 6.1); None if it does not say."""
+    buffer = ctypes.create_string_buffer(256)
+    if _statx is None or _statx(fd, b"", AT_EMPTY_PATH, STATX_DIOALIGN, buffer) != 0:
+        return None
+    mask = struct.unpack_from("I", buffer.raw, 0)[0]
+    memory, offset = struct.unpack_from("II", buffer.raw, 0x98)
+    if not mask & STATX_DIOALIGN or not memory or not offset:
+        return None
+    return DirectAlignment(memory, offset)
+
+
+class _Cachestat(ctypes.Structure):
+    _fields_ = (
+        ("cached", ctypes.c_uint64),
+        ("dirty", ctypes.c_uint64),
+        ("writeback", ctypes.c_uint64),
+        ("evicted", ctypes.c_uint64),
+        ("recently_evicted", ctypes.c_uint64),
+    )
+
+
+PAGE_BYTES = os.sysconf("SC_PAGESIZE")
+
+
+class _Cachestats:
+    """cachestat(2), until the kernel says that it has none."""
+
+    available = True
+
+
+def resident_bytes(fd: int, offset: int, length: int) -> int | None:
+    """How many bytes of the pages that a range touches are in the page cache.
+
+    Returns:
+        a multiple of the page size: at least `length` if all of the range is there. None where the kernel can't tell.
+    """
+    if not _Cachestats.available:
+        return None
+    wanted = struct.pack("QQ", offset, length)
+    found = _Cachestat()
+    if _syscall(SYS_CACHESTAT, ctypes.c_uint(fd), wanted, ctypes.byref(found), ctypes.c_uint(0)) != 0:
+        if ctypes.get_errno() in (errno.ENOSYS, errno.EPERM):
+            _Cachestats.available = False
+        return None
+    return int(found.cached) * PAGE_BYTES

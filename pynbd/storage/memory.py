@@ -1,0 +1,102 @@
+"""`memory`: a disk in RAM, gone when it is closed. What was never written takes no memory, whatever its size.
+
+It is a memfd, an unnamed file on a file system in memory: holes, punching and `locate` come with it, and reading
+it takes one system call without a coroutine. (A dict of blocks in Python writes 4 KiB a microsecond faster, but must
+run a coroutine for each read and copy the bytes once more.)
+"""
+
+import os
+from collections.abc import Sequence
+
+from pynbd.block import errors
+from pynbd.block.driver import Driver, Location, Preallocation
+from pynbd.block.extents import Extent
+from pynbd.block.options import NodeOptions, Size
+from pynbd.storage import linux, sparse
+
+
+class MemoryOptions(NodeOptions, frozen=True, kw_only=True):
+    """Options of the driver `memory`.
+
+    Args:
+        size: the length of the disk in bytes.
+    """
+
+    size: Size
+
+
+class Memory(Driver):
+    """A disk in RAM."""
+
+    name = "memory"
+    Options = MemoryOptions
+    growable = True
+    zero_past_end = True
+
+    options: MemoryOptions
+
+    async def open(self) -> None:
+        self._fd = os.memfd_create(f"pynbd:{self.node.name[:200]}", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(self._fd, self.options.size)
+        except OSError as problem:
+            os.close(self._fd)
+            raise errors.OptionError(f"memory: a disk of {self.options.size} bytes: {problem.strerror}") from None
+        self.size = self.options.size
+
+    async def close(self) -> None:
+        os.close(self._fd)
+
+    async def read(self, offset: int, into: memoryview, flags: int) -> None:
+        fd, done, length = self._fd, os.preadv(self._fd, (into,), offset), len(into)
+        while done < length:
+            got = os.preadv(fd, (into[done:],), offset + done)
+            if not got:
+                into[done:] = bytes(length - done)  # past the end
+                return
+            done += got
+
+    async def write(self, offset: int, data: memoryview, flags: int) -> None:
+        fd, end, done = self._fd, offset + len(data), os.pwrite(self._fd, data, offset)
+        while offset + done < end:
+            done += os.pwrite(fd, data[done:], offset + done)
+        if end > self.size:
+            self._grown(end)
+
+    def _grown(self, size: int) -> None:
+        self.size = size
+        self.node.resized()
+
+    async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
+        # Zeroes take no memory here, whether the caller asks for that or not.
+        end = offset + length
+        if end > self.size:
+            os.ftruncate(self._fd, end)
+            self._grown(end)
+        await self.discard(offset, length)
+
+    async def discard(self, offset: int, length: int) -> None:
+        if length:
+            sparse.punch_hole(self._fd, offset, length)
+
+    async def block_status(self, offset: int, length: int) -> Sequence[Extent]:
+        return sparse.extents(self.node, self._fd, offset, length)
+
+    def locate(self, offset: int, length: int) -> Location | None:
+        inside = self.size - offset
+        return Location(self._fd, offset, length if length < inside else inside, 0) if inside > 0 else None
+
+    def located_for_good(self) -> bool:
+        return True
+
+    async def truncate(self, size: int, preallocation: Preallocation, *, exact: bool) -> None:
+        if preallocation is not Preallocation.OFF and size > self.size:
+            linux.fallocate(self._fd, 0, self.size, size - self.size)
+        os.ftruncate(self._fd, size)
+        self.size = size
+
+    async def allocated_size(self) -> int | None:
+        return os.fstat(self._fd).st_blocks * 512
+
+    def has_zero_init(self) -> bool:
+        return True
