@@ -6,7 +6,7 @@ import struct
 from collections.abc import Iterable
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbd_protocol.client_negotiation import (
@@ -666,6 +666,7 @@ def mutated(draw: st.DrawFn) -> list[bytes]:
     return [bytes(said) for said in says]
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=60), max_size=6) | mutated(), st.integers(1, 100))
 def test_garbage_gives_events_or_a_protocol_error(says: list[bytes], size: int) -> None:
     try:

@@ -6,7 +6,7 @@ import struct
 from collections.abc import Callable, Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbd_protocol import messages as m
@@ -839,6 +839,7 @@ options = st.lists(
 ).map(lambda found: flags() + b"".join(option(number, payload) for number, payload in found))
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300) | mutated() | options, st.sampled_from(["off", "allowed", "required"]), st.data())
 def test_garbage_gives_events_or_a_protocol_error_and_never_grows(
     data: bytes, tls: TlsPolicy, more: st.DataObject

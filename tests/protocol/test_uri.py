@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbd_protocol.uri import NbdUri, UriError, is_uri, parse_uri
@@ -206,6 +206,7 @@ def _uris(draw: st.DrawFn) -> NbdUri:
     )
 
 
+@settings(deadline=None)
 @given(_uris())
 def test_made_uris_read_back(uri: NbdUri) -> None:
     text = str(uri)
@@ -214,6 +215,7 @@ def test_made_uris_read_back(uri: NbdUri) -> None:
     assert str(parse_uri(text)) == text
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60) | st.from_regex(r"nbds?(\+unix)?://[\x20-\x7f]{0,40}", fullmatch=True))
 def test_any_text_is_parsed_or_refused(text: str) -> None:
     try:
