@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     budget_s = options.minutes * 60
     plan = Plan.within(budget_s, _weight(cells, servers), options.rounds, options.seconds, pin=options.pin)
-    disks = Disks(options.directory, max(options.size, LEAST_SIZE_MIB) << 20)
+    options.directory.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="run-", dir=options.directory))
+    disks = Disks(folder, max(options.size, LEAST_SIZE_MIB) << 20)
     setup = Setup(disks, options.transport == "tcp", options.python)
     terms: dict[str, Terms] = {}
     rows: list[Row] = []

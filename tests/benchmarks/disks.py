@@ -42,7 +42,6 @@ class Disks:
 
     def make(self) -> None:
         """Write the files. Raises OSError when the file system has no room for twice the data."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         free_bytes = shutil.disk_usage(self.folder).free
         if free_bytes < 2 * self.size_bytes:
             raise OSError(f"{self.folder}: {free_bytes} bytes are free, the benchmark wants {2 * self.size_bytes}")

@@ -24,10 +24,11 @@ class Spread:
 
 
 def ratios(ours: Sequence[float | None], theirs: Sequence[float | None], *, higher_is_better: bool) -> list[float]:
-    """Our figure against the peer's, round by round: above 1 we are better. Rounds that lack one of them are left out.
+    """Our figure against the peer's, round by round: above 1 we are better. Rounds that lack one of them are left out,
+    as is one that was broken off.
 
     A machine's pace changes from minute to minute. Within a round both sides were measured one right after the other,
     so the ratio holds where neither median would.
     """
-    pairs = [(our, their) for our, their in zip(ours, theirs, strict=True) if our and their]
+    pairs = [(our, their) for our, their in zip(ours, theirs, strict=False) if our and their]
     return [our / their if higher_is_better else their / our for our, their in pairs]

@@ -30,6 +30,7 @@ def test_ratio_is_taken_within_the_round() -> None:
 def test_round_with_a_gap_has_no_ratio() -> None:
     """A figure that is missing on either side takes its round out, not its neighbours."""
     assert ratios([100, None, 30], [50, 25, None], higher_is_better=True) == [2]
+    assert ratios([100, 50], [50], higher_is_better=True) == [2]
 
 
 @given(FIGURES)
