@@ -97,6 +97,8 @@ class Driver:
     """The URI schemes that it serves (the seed's `protocol_name`): `nbd+unix` …"""
     Options: ClassVar[type[NodeOptions]] = NodeOptions
     children: ClassVar[Mapping[str, ChildSpec]] = {}
+    child_aliases: ClassVar[Mapping[str, str]] = {}
+    """Other names under which options may give a child, and the child's own: QEMU's `image` of blkdebug."""
     is_format: ClassVar[bool] = False
     """Lays out bytes over a child, and may be found by probing."""
     serial: ClassVar[bool] = False

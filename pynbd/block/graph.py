@@ -149,6 +149,7 @@ class Graph:
         if not isinstance(name, str) or not name:
             raise OptionError(f"{path}driver: the driver's name is missing")
         kind = registry.driver_class(name, trusted=trusted)
+        tree = own_child_names(tree, kind, path)
         own = {key: value for key, value in tree.items() if key not in kind.children}
         for key, value in own.items():
             # A key that looks like a child the driver does not have deserves more than "unknown option".
@@ -403,6 +404,21 @@ async def drained(node: Node) -> AsyncIterator[None]:
     finally:
         for edge in entered:
             edge.parent.below_resumed(edge)
+
+
+def own_child_names(tree: Mapping[str, Any], kind: type[Driver], path: str) -> Mapping[str, Any]:
+    """The same options, with children that go by another name (`Driver.child_aliases`) under their own.
+
+    Raises:
+        OptionError: a child is given under both names.
+    """
+    for alias, child in kind.child_aliases.items():
+        if alias not in tree:
+            continue
+        if child in tree:
+            raise OptionError(f"{path}{alias}: driver {kind.name!r} has this node under the name {child!r} already")
+        tree = {child if key == alias else key: value for key, value in tree.items()}
+    return tree
 
 
 def field_names(kind: type[msgspec.Struct]) -> list[str]:

@@ -232,11 +232,11 @@ class Node:
         async with self._tracker.track(start, end - start, serialising=unaligned or bool(flags & SERIALISING)):
             head, middle, tail = split_by_alignment(offset, len(data), alignment)
             if head:
-                await self._modify_block(offset, data[:head], flags)
+                await self._modify_block(offset, data[:head], flags, "head")
             if middle:
                 await self._write_pieces(offset + head, data[head : head + middle], flags)
             if tail:
-                await self._modify_block(offset + head + middle, data[head + middle :], flags)
+                await self._modify_block(offset + head + middle, data[head + middle :], flags, "tail")
 
     async def _write_pieces(self, offset: int, data: memoryview, flags: int) -> None:
         limits = self.driver.limits
@@ -246,12 +246,14 @@ class Node:
         for start, length in pieces(offset, len(data), limits.max_transfer, limits.request_alignment):
             await self.driver.write(start, data[start - offset : start - offset + length], flags)
 
-    async def _modify_block(self, offset: int, data: memoryview, flags: int) -> None:
-        """Read, modify and write the one block that `data` lies in."""
+    async def _modify_block(self, offset: int, data: memoryview, flags: int, end: str) -> None:
+        """Read, modify and write the one block that `data` lies in; it is the `head` or the `tail` of a request."""
         limits = self.driver.limits
         start = round_down(offset, limits.request_alignment)
         block = aligned_buffer(limits.request_alignment, limits.memory_alignment)
+        self.driver.debug_event(f"pwritev_rmw_{end}")
         await self.driver.read(start, block, 0)
+        self.driver.debug_event(f"pwritev_rmw_after_{end}")
         block[offset - start : offset - start + len(data)] = data
         await self.driver.write(start, block, flags)
 
@@ -301,11 +303,11 @@ class Node:
         for start, size in pieces(offset, length, BOUNCE_BYTES, alignment):
             head, middle, tail = split_by_alignment(start, size, alignment)
             if head:
-                await self._modify_block(start, zeroes[:head], kept)
+                await self._modify_block(start, zeroes[:head], kept, "head")
             if middle:
                 await self._write_pieces(start + head, zeroes[:middle], kept)
             if tail:
-                await self._modify_block(start + head + middle, zeroes[:tail], kept)
+                await self._modify_block(start + head + middle, zeroes[:tail], kept, "tail")
 
     async def _discard(self, offset: int, length: int) -> None:
         if self.read_only:
@@ -371,14 +373,21 @@ class Node:
         self._flush = asyncio.get_running_loop().create_future()
         generation = self._generation
         try:
+            self._announce("flush_to_os")
             await self.driver.flush_to_os()
             if not self.options.cache.no_flush:
+                self._announce("flush_to_disk")
                 await self.driver.flush_to_disk()
                 await self._flush_children()
             self._flushed_generation = generation
         finally:
             self._flush.set_result(None)
             self._flush = None
+
+    def _announce(self, event: str) -> None:
+        """Tell the child `file` what this node is about to do; see `Driver.debug_event`."""
+        if "file" in self.children:
+            self.children["file"].node.driver.debug_event(event)
 
     async def _flush_children(self) -> None:
         for child in self.children.values():

@@ -288,4 +288,6 @@ def _typed(value: Any, info: msgspec.inspect.Type, path: str, driver: str) -> An
         raise OptionError(f"{path}: {value!r} is not one of {allowed} (driver {driver!r})")
     if isinstance(info, msgspec.inspect.StructType) and isinstance(value, Mapping):
         return convert(value, info.cls, path=path + ".", driver=driver)
+    if isinstance(info, msgspec.inspect.ListType | msgspec.inspect.VarTupleType) and isinstance(value, list):
+        return [_typed(item, info.item_type, f"{path}.{number}", driver) for number, item in enumerate(value)]
     return value

@@ -36,7 +36,14 @@ BUILT_IN = {
 ALIASES = {"null-co": "null", "null-aio": "null"}
 """Other names of drivers, as QEMU has them."""
 
-SCHEMES = {"file": "file", "nbd": "nbd", "nbds": "nbd", "nbd+unix": "nbd", "nbds+unix": "nbd"}
+SCHEMES = {
+    "blkdebug": "blkdebug",
+    "file": "file",
+    "nbd": "nbd",
+    "nbds": "nbd",
+    "nbd+unix": "nbd",
+    "nbds+unix": "nbd",
+}
 """The driver of each URI scheme."""
 
 IMAGE_ALLOW_LIST = frozenset({"file", "host_device", "nbd", "raw", "null"})
