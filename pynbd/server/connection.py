@@ -1,0 +1,662 @@
+"""One client in the transmission phase: requests in, replies out, as many at a time as have arrived.
+
+Everything here runs from the loop's callbacks, not from a task: one wake-up receives what is there, finds all
+requests in it, answers at once whatever can be answered without waiting, starts the rest, and sends all answers that
+are ready together.
+
+The ways of a request:
+
+    located     a small read whose bytes lie in an open file: read in place into the buffer of answers
+    span        a large read of bytes that never move and are in the page cache: sent from there
+    coroutine   everything else; it is started in place and becomes a task only if it has to wait
+"""
+
+import errno
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from time import perf_counter_ns
+
+from nbd_protocol.constants import Command, CommandFlag, Errno
+from nbd_protocol.errors import RemoteProtocolError, errno_to_nbd
+from nbd_protocol.negotiation_events import Ready
+from nbd_protocol.transmission import ExportRules, Request, ServerTransmission, replies_for
+from pynbd.block.extents import ChainExtent, Status
+from pynbd.block.requests import RequestFlag
+from pynbd.block.statistics import Operation
+from pynbd.server.budget import Account
+from pynbd.server.export import Export
+from pynbd.server.inline import InlineStarter
+from pynbd.server.wire import Buffer, FileSpan, Item, Wire
+from pynbd.storage import linux
+
+log = logging.getLogger(__name__)
+
+RECEIVE_BYTES = 256 << 10
+"""What one wake-up receives at the most (payloads of large writes go straight to buffers of their own)."""
+
+INLINE_READ_BYTES = 64 << 10
+"""Located reads up to this length are copied into the buffer of answers; longer ones are sent from the file."""
+
+MAX_BATCH_REQUESTS = 64
+MAX_BATCH_BYTES = 1 << 20
+"""What one wake-up serves of one connection, before the others have their turn."""
+
+MAX_REQUESTS_IN_FLIGHT = 1024
+MAX_BYTES_IN_FLIGHT = 64 << 20
+"""What one connection may have begun and not seen the end of. Two of the largest requests always fit."""
+
+MAX_UNSENT_BYTES = 4 << 20
+"""Answers that a client has not taken yet; beyond it no further requests of that client are looked at."""
+
+PAYLOAD_STEP_BYTES = 1 << 20
+"""Memory for a payload is reserved in such steps, as the payload arrives."""
+
+READ = int(Command.READ)
+WRITE = int(Command.WRITE)
+DISC = int(Command.DISC)
+
+HOLE_READ_BYTES = 64 << 10
+"""Reads from this length up ask where the holes are."""
+
+
+SMALLEST_HOLE_BYTES = 4096
+"""Smaller holes are sent as zeroes: a chunk of its own would cost more."""
+
+
+class Scratch:
+    """The two buffers that all connections of one loop take turns in using: nothing stays in them after a wake-up."""
+
+    def __init__(self) -> None:
+        self.received = memoryview(bytearray(RECEIVE_BYTES + (128 << 10)))
+        self.answers = bytearray(MAX_BATCH_BYTES + 2 * INLINE_READ_BYTES)
+        self.answers_view = memoryview(self.answers)
+
+
+class _Payload:
+    """The payload of a large write that is arriving in a buffer of its own."""
+
+    __slots__ = ("buffer", "filled", "request", "reserved")
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.buffer = memoryview(bytearray(request.length))
+        self.filled = 0
+        self.reserved = 0
+
+
+class Connection:
+    """The transmission phase with one client.
+
+    Args:
+        ready: what was negotiated.
+        export: what the client uses.
+        account: its share of the payload budget.
+        starter: starts coroutines in place.
+        scratch: the loop's buffers.
+        peer: the client's name for the log.
+        make_wire: gives the wire, told whom to call.
+        on_closed: called once, when the last request has ended and everything is released.
+    """
+
+    def __init__(
+        self,
+        ready: Ready,
+        export: Export,
+        account: Account,
+        starter: InlineStarter,
+        scratch: Scratch,
+        peer: str,
+        make_wire: "Callable[[Connection], Wire]",
+        on_closed: "Callable[[Connection], None]",
+    ) -> None:
+        self.export = export
+        self.backend = export.backend
+        self.peer = peer
+        self.account = account
+        self.in_flight = 0
+        self.rules = ExportRules(
+            ready.info.size,
+            ready.info.flags,
+            min_block=ready.info.min_block,
+            max_payload=ready.info.max_payload,
+            mode=ready.mode,
+            context_ids=ready.contexts,
+        )
+        self._contexts = ready.contexts
+        self._replies = replies_for(ready.mode)
+        self._framing = ServerTransmission(ready.mode, max_payload=self.rules.max_payload)
+        self._starter = starter
+        self._scratch = scratch
+        self._on_closed = on_closed
+        self._tail: bytes | bytearray = b""
+        self._more_in_tail = False
+        self._payload: _Payload | None = None
+        self._waiting: deque[Request] = deque()
+        self._out: list[Item] = []
+        self._charged = 0
+        self._in_batch = False
+        self._flush_due = False
+        self._continue_due = False
+        self._awaiting_budget = False
+        self._ending = False
+        self._lost = False
+        self._closed = False
+        self._shutting_down = False
+        self._can_send_spans = self._replies.can_send_holes
+        self.wire = make_wire(self)
+        self.backend.on_resize.append(self._resized)
+
+    # --- life ---------------------------------------------------------------------------------------------
+
+    def begin(self, trailing: bytes) -> None:
+        """Start serving; `trailing` came behind the handshake."""
+        self._tail = trailing
+        self._more_in_tail = bool(trailing)
+        self.wire.resume_reading()
+        if trailing:
+            self._continue_soon()
+
+    def shut_down(self) -> None:
+        """Answer whatever has begun, refuse what comes from now on, and close when nothing is left."""
+        self._shutting_down = True
+        self._end_if_idle()
+
+    def abort(self) -> None:
+        """Close now. What is in flight runs to its end; nobody is told."""
+        self._lose(None)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is in flight or waits to be sent."""
+        return not (self.in_flight or self._waiting or self._out or self.wire.queued)
+
+    @property
+    def payload_open(self) -> bool:
+        """Whether the payload of a large write has begun and is not complete."""
+        return self._payload is not None
+
+    @property
+    def holding_back(self) -> bool:
+        """Whether it is the client's turn: to take answers, or to send the rest of a payload."""
+        return self.wire.queued or self._payload is not None
+
+    def _resized(self, size: int) -> None:
+        self.rules.size = size
+
+    def _lose(self, problem: OSError | None) -> None:
+        """The client is gone: forget what it was owed."""
+        if self._lost:
+            return
+        self._lost = True
+        if problem is not None:
+            log.info("%s: connection lost: %s", self.peer, problem)
+        self._payload = None
+        self._waiting.clear()
+        self._tail = b""
+        self._more_in_tail = False
+        self.in_flight -= self.wire.close()
+        self._drop_answers()
+        self._charge_unsent()
+        self._end_if_idle()
+
+    def _drop_answers(self) -> None:
+        for item in self._out:
+            if isinstance(item, FileSpan):
+                item.release()
+                self.in_flight -= 1
+        self._out.clear()
+
+    def _end(self) -> None:
+        """The client will send nothing more: finish what it asked for."""
+        self._ending = True
+        self._payload = None
+        self.wire.pause_reading()
+        self._end_if_idle()
+
+    def _end_if_idle(self) -> None:
+        if not (self._ending or self._lost or self._shutting_down) or self._closed or self._in_batch:
+            return
+        if self.in_flight or (
+            not self._lost and (self._waiting or self._out or self.wire.queued or self._more_in_tail)
+        ):
+            return
+        self._closed = True
+        self.wire.close()
+        self.backend.on_resize.remove(self._resized)
+        self.account.close()
+        self._on_closed(self)
+
+    # --- receiving ----------------------------------------------------------------------------------------
+
+    def on_readable(self) -> None:
+        """Something has arrived, or the client is gone."""
+        if self._more_in_tail or self._waiting:
+            # What came earlier is served first; until then nothing more is taken.
+            self._continue_soon()
+            return
+        try:
+            if self._payload is not None:
+                self._receive_payload(self._payload)
+                return
+            buffer, tail = self._scratch.received, self._tail
+            start = len(tail)
+            if start:
+                buffer[:start] = tail
+            received = self.wire.receive_into(buffer[start : start + RECEIVE_BYTES])
+        except OSError as problem:
+            self._lose(problem)
+            return
+        if received < 0:
+            return
+        if received == 0:
+            self._end()
+            return
+        self._tail = b""
+        self._parse(buffer[: start + received])
+
+    def _parse(self, data: memoryview) -> None:
+        """Find the requests in what was received, and serve them; what is left is kept."""
+        try:
+            batch = self._framing.parse(data, MAX_BATCH_REQUESTS)
+        except RemoteProtocolError as problem:
+            log.warning("%s: %s", self.peer, problem)
+            self._lose(None)
+            return
+        rest = data[batch.consumed :]
+        partial = batch.partial
+        self._serve(batch.requests)
+        if self._lost:
+            return
+        if partial is not None:
+            self._begin_payload(partial, rest)
+            return
+        if len(rest):
+            self._tail = bytes(rest)
+            self._more_in_tail = not batch.needs_data
+        else:
+            self._more_in_tail = False
+        if self._framing.disconnected:
+            self._end()
+        elif self._more_in_tail:
+            self._continue_soon()
+
+    def _begin_payload(self, request: Request, rest: memoryview) -> None:
+        """A large write has begun; its payload goes to a buffer of its own."""
+        if self.rules.refusal(request) is not None or self._shutting_down:
+            self._framing.swallow(request.length)
+            self._serve([request])
+            if not self._lost:
+                self._tail = bytes(rest)
+                self._more_in_tail = bool(self._tail)
+                if self._more_in_tail:
+                    self._continue_soon()
+            return
+        self._payload = payload = _Payload(request)
+        payload.buffer[: len(rest)] = rest
+        payload.filled = len(rest)
+        self._advance_payload(payload)
+
+    def _receive_payload(self, payload: _Payload) -> None:
+        room = min(payload.reserved, payload.request.length) - payload.filled
+        received = self.wire.receive_into(payload.buffer[payload.filled : payload.filled + room])
+        if received < 0:
+            return
+        if received == 0:
+            self._end()
+            return
+        payload.filled += received
+        self._advance_payload(payload)
+
+    def _advance_payload(self, payload: _Payload) -> None:
+        """Reserve memory for more of a payload, or carry out the write if it is complete."""
+        length = payload.request.length
+        while payload.reserved < length and payload.reserved - payload.filled < PAYLOAD_STEP_BYTES:
+            step = min(PAYLOAD_STEP_BYTES, length - payload.reserved)
+            if not self.account.take(step, self._budget_is_back):
+                if payload.reserved > payload.filled:
+                    break
+                self._wait_for_budget()
+                return
+            payload.reserved += step
+        if payload.filled < length:
+            return
+        self._payload = None
+        request = payload.request
+        self.in_flight += 1
+        self._run(request, payload.buffer.toreadonly(), length)
+
+    def _wait_for_budget(self) -> None:
+        self._awaiting_budget = True
+        self.wire.pause_reading()
+
+    def _budget_is_back(self) -> None:
+        """The payload budget has room again: go on where memory was lacking."""
+        self._awaiting_budget = False
+        if self._closed or self._lost:
+            return
+        if not self._ending:
+            self.wire.resume_reading()
+        if self._payload is not None:
+            self._advance_payload(self._payload)
+        else:
+            self._serve_waiting()
+
+    def _continue_soon(self) -> None:
+        if not self._continue_due:
+            self._continue_due = True
+            self._starter.loop.call_soon(self._continue)
+
+    def _continue(self) -> None:
+        """The next turn: what waits, then what is left of the last receive."""
+        self._continue_due = False
+        if self._lost or self._closed or self._payload is not None:
+            return
+        if self._waiting:
+            self._serve_waiting()
+        if not self._waiting and self._more_in_tail and not self._lost:
+            tail = self._tail
+            self._tail, self._more_in_tail = b"", False
+            self._parse(memoryview(tail))
+        if not self._waiting and not self._awaiting_budget and not self._ending and not self._closed:
+            self.wire.resume_reading()
+
+    # --- serving ------------------------------------------------------------------------------------------
+
+    def _serve(self, requests: Sequence[Request]) -> None:
+        """Serve requests in one go; those beyond the connection's caps wait."""
+        self._in_batch = True
+        try:
+            self._serve_batch(requests)
+        finally:
+            self._in_batch = False
+        self._flush()
+
+    def _serve_batch(self, requests: Sequence[Request]) -> None:
+        refusal, replies, scratch = self.rules.refusal, self._replies, self._scratch
+        pack, header = replies.pack_read_header, replies.read_header_size
+        answers, view = scratch.answers, scratch.answers_view
+        locate, preadv = self.backend.locate, os.preadv
+        end_of_answers = len(answers)
+        position = count = total = 0
+        started = perf_counter_ns()
+        for index, request in enumerate(requests):
+            refused = refusal(request)
+            if refused is not None or self._shutting_down:
+                self._out.append(replies.error(request, *(refused or (Errno.ESHUTDOWN, "the server is shutting down"))))
+                continue
+            length = request.length
+            if request.type == READ and 0 < length <= INLINE_READ_BYTES:
+                located = locate(request.offset, length)
+                data = position + header
+                end = data + length
+                if located is not None and located[2] == length:
+                    if end > end_of_answers:
+                        self._put_aside(requests[index:])
+                        self._continue_soon()
+                        break
+                    try:
+                        got = preadv(located[0], [view[data:end]], located[1], located[3])
+                    except OSError:
+                        got = -1  # not in memory, or failed: either way it takes the long way
+                    if got == length:
+                        pack(answers, position, request.cookie, request.offset, length)
+                        position = end
+                        count += 1
+                        total += length
+                        continue
+            if not self._begin(request):
+                self._put_aside(requests[index:])
+                self.wire.pause_reading()
+                break
+        if count:
+            self.backend.statistics.account(Operation.READ, count, total, perf_counter_ns() - started)
+            try:
+                self.wire.send_borrowed(view[:position])
+            except OSError as problem:
+                self._lose(problem)
+
+    def _begin(self, request: Request) -> bool:
+        """Start a request; False if a cap of the connection or the payload budget says "not now"."""
+        if self._lost:
+            return True
+        kind = request.type
+        length = request.length if kind in (READ, WRITE) else 0
+        if (
+            self.in_flight >= MAX_REQUESTS_IN_FLIGHT
+            or self.wire.unsent > MAX_UNSENT_BYTES
+            or (self.account.held + length > MAX_BYTES_IN_FLIGHT and self.in_flight)
+        ):
+            return False
+        if kind == DISC:
+            return True
+        if length >= HOLE_READ_BYTES and kind == READ and self._can_send_spans and self._send_spans(request):
+            return True
+        if length and not self.account.take(length, self._budget_is_back):
+            self._awaiting_budget = True
+            return False
+        self.in_flight += 1
+        # The received bytes are overwritten at the next wake-up; a copy costs less than finding out who needs one.
+        payload = memoryview(bytes(request.payload)) if request.payload is not None else None
+        self._run(request, payload, length)
+        return True
+
+    def _put_aside(self, requests: Sequence[Request]) -> None:
+        """Keep requests for later; nothing more is received meanwhile."""
+        for request in requests:
+            payload = request.payload
+            kept = request if payload is None else request.with_payload(memoryview(bytes(payload)))
+            self._waiting.append(kept)
+
+    def _serve_waiting(self) -> None:
+        """Try the requests again that were put aside."""
+        if self._in_batch or not self._waiting:
+            return
+        waiting = list(self._waiting)
+        self._waiting.clear()
+        self._serve(waiting)
+        if not self._waiting:
+            self._continue_soon()
+
+    def _run(self, request: Request, payload: memoryview | None, reserved: int) -> None:
+        self._starter.start(self._carry_out(request, payload, reserved))
+
+    async def _carry_out(self, request: Request, payload: memoryview | None, reserved: int) -> None:
+        """One request from its start to its reply. It is never cancelled, and raises nothing."""
+        try:
+            answer = await self._execute(request, payload)
+        except OSError as problem:
+            answer = [self._error(request, problem)]
+        except Exception as problem:
+            log.exception("%s: %s failed", self.peer, describe(request))
+            answer = [self._replies.error(request, Errno.EIO, f"internal error: {problem!r}")]
+        self.in_flight -= 1
+        if reserved:
+            self.account.give(reserved)
+        if self._lost:
+            self._end_if_idle()
+            return
+        self._out.extend(answer)
+        if not self._in_batch:
+            self._flush_soon()
+
+    def _error(self, request: Request, problem: OSError) -> bytes:
+        fast = request.type == Command.WRITE_ZEROES and bool(request.flags & CommandFlag.FAST_ZERO)
+        code = errno_to_nbd(problem.errno, fast_zero=fast)
+        if code is not Errno.ENOTSUP and problem.errno != errno.ESHUTDOWN:
+            log.warning("%s: export %r: %s: %s", self.peer, self.export.name, describe(request), problem)
+        return self._replies.error(request, code, problem.strerror or str(problem))
+
+    async def _execute(self, request: Request, payload: memoryview | None) -> list[Item]:
+        """Do what a request asks for; returns its reply."""
+        backend, offset, length, flags = self.backend, request.offset, request.length, request.flags
+        fua = RequestFlag.FUA if flags & CommandFlag.FUA else 0
+        match request.type:
+            case Command.READ:
+                return await self._read(request)
+            case Command.WRITE:
+                if payload is not None and length:
+                    await backend.write(offset, payload, int(fua))
+            case Command.FLUSH:
+                await backend.flush()
+            case Command.TRIM:
+                if length:
+                    await backend.discard(offset, length)
+                if fua:
+                    await backend.flush()
+            case Command.CACHE:
+                if length:
+                    await backend.cache(offset, length)
+            case Command.WRITE_ZEROES:
+                wanted = int(fua)
+                if not flags & CommandFlag.NO_HOLE:
+                    wanted |= RequestFlag.MAY_UNMAP
+                if flags & CommandFlag.FAST_ZERO:
+                    wanted |= RequestFlag.NO_FALLBACK
+                if length:
+                    await backend.write_zeroes(offset, length, int(wanted))
+            case Command.BLOCK_STATUS:
+                return await self._block_status(request)
+            case Command.RESIZE:
+                await backend.truncate(offset)
+            case _:
+                raise AssertionError(f"{describe(request)} was let through")
+        return [self._replies.done(request)]
+
+    # --- reading ------------------------------------------------------------------------------------------
+
+    async def _read(self, request: Request) -> list[Item]:
+        length, offset = request.length, request.offset
+        if not length:
+            return [self._replies.done(request)]
+        if length >= HOLE_READ_BYTES and self._replies.can_send_holes and not request.flags & CommandFlag.DF:
+            return await self._read_with_holes(request)
+        header = self._replies.read_header_size
+        reply = bytearray(header + length)
+        await self.backend.read(offset, memoryview(reply)[header:])
+        self._replies.pack_read_header(reply, 0, request.cookie, offset, length)
+        return [reply]
+
+    async def _read_with_holes(self, request: Request) -> list[Item]:
+        """A large read: holes are told, not sent."""
+        offset, end = request.offset, request.offset + request.length
+        items: list[Item] = []
+        while offset < end:
+            extents = await self.backend.block_status(offset, end - offset)
+            for length, zero in runs(extents):
+                done = offset + length == end
+                if zero:
+                    items.append(self._replies.read_hole(request, offset, length, done=done))
+                else:
+                    data = bytearray(length)
+                    await self.backend.read(offset, memoryview(data))
+                    items += [self._replies.read_data(request, offset, length, done=done), data]
+                offset += length
+        return items
+
+    def _send_spans(self, request: Request) -> bool:
+        """Answer a read from the page cache, if its bytes never move and are there; False if not."""
+        offset, length = request.offset, request.length
+        located = self.backend.locate(offset, length)
+        if located is None or located[2] != length or not self.export.located_for_good():
+            return False
+        if request.flags & CommandFlag.DF or linux.resident_bytes(located[0], located[1], length) != length:
+            return False
+        replies = self._replies
+
+        def finish(problem: OSError | None) -> Buffer:
+            self.in_flight -= 1
+            if problem is not None:
+                log.warning("%s: export %r: %s: %s", self.peer, self.export.name, describe(request), problem)
+                return replies.error(request, errno_to_nbd(problem.errno), str(problem))
+            self.backend.statistics.account(Operation.READ, 1, length, 0)
+            return replies.done(request)
+
+        self.in_flight += 1
+        header = replies.read_data(request, offset, length, done=False)
+        self._out += [header, FileSpan(located[0], located[1], length, finish)]
+        return True
+
+    async def _block_status(self, request: Request) -> list[Item]:
+        """One chunk for each selected context."""
+        ids = request.context_ids if request.context_ids is not None else tuple(self._contexts)
+        one = bool(request.flags & CommandFlag.REQ_ONE)
+        items: list[Item] = []
+        for number, context_id in enumerate(ids, 1):
+            extents = await self.export.context_extents(
+                self._contexts[context_id], request.offset, request.length, one=one
+            )
+            items.append(self._replies.block_status(request, context_id, extents, done=number == len(ids)))
+        return items
+
+    # --- sending ------------------------------------------------------------------------------------------
+
+    def _flush_soon(self) -> None:
+        if not self._flush_due:
+            self._flush_due = True
+            self._starter.loop.call_soon(self._flush_later)
+
+    def _flush_later(self) -> None:
+        self._flush_due = False
+        self._flush()
+        self.on_sent()
+
+    def _flush(self) -> None:
+        """Send the answers that are ready."""
+        if self._lost:
+            self._drop_answers()
+            self._end_if_idle()
+            return
+        if self._out:
+            items, self._out = self._out, []
+            try:
+                self.wire.send(items)
+            except OSError as problem:
+                self._lose(problem)
+                return
+        self._charge_unsent()
+        self._end_if_idle()
+
+    def _charge_unsent(self) -> None:
+        """Count what the client has not taken yet against its share of memory."""
+        unsent = self.wire.unsent
+        if unsent > self._charged:
+            self.account.charge(unsent - self._charged)
+        elif unsent < self._charged:
+            self.account.give(self._charged - unsent)
+        self._charged = unsent
+
+    def on_sent(self) -> None:
+        """The queue got shorter, or a request has ended: what was put aside may go on."""
+        if self._lost or self._closed:
+            return
+        self._charge_unsent()
+        if self._waiting and not self._awaiting_budget:
+            self._serve_waiting()
+        self._end_if_idle()
+
+    def on_lost(self, problem: OSError) -> None:
+        """Sending failed."""
+        self._lose(problem)
+
+
+def runs(extents: Sequence[ChainExtent]) -> list[tuple[int, bool]]:
+    """(length, reads as zeroes) of neighbours that are alike; holes not worth a chunk count as data."""
+    result: list[tuple[int, bool]] = []
+    for extent in extents:
+        zero = bool(extent.status & Status.ZERO) and extent.length >= SMALLEST_HOLE_BYTES
+        if result and result[-1][1] == zero:
+            result[-1] = (result[-1][0] + extent.length, zero)
+        else:
+            result.append((extent.length, zero))
+    return result
+
+
+def describe(request: Request) -> str:
+    """A request for the log: `WRITE of 4096 bytes at 0`."""
+    try:
+        name = Command(request.type).name
+    except ValueError:
+        name = f"command {request.type}"
+    return f"{name} of {request.length} bytes at {request.offset}"

@@ -1,0 +1,98 @@
+"""The handshake of one connection: the protocol's state machine asked, and answered from the list of exports."""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from nbd_protocol.constants import Option, OptionReplyType
+from nbd_protocol.negotiation import NeedData, select_contexts
+from nbd_protocol.negotiation_events import Aborted, Closed, ExportQuery, ListExports, MetaContextQuery, Ready, StartTls
+from nbd_protocol.server_negotiation import ServerNegotiation
+from pynbd.server.export import Export
+
+log = logging.getLogger(__name__)
+
+RECEIVE_BYTES = 64 << 10
+
+
+class Negotiated(NamedTuple):
+    """What a handshake has led to.
+
+    Args:
+        ready: what was agreed.
+        export: the export that the client chose.
+        trailing: bytes that came behind the handshake: the first requests.
+    """
+
+    ready: Ready
+    export: Export
+    trailing: bytes
+
+
+async def negotiate(
+    sock: socket.socket, exports: Mapping[str, Export], negotiation: ServerNegotiation
+) -> Negotiated | None:
+    """Bring a client from the greeting to an export. Nothing of any disk is touched before it has chosen one.
+
+    Args:
+        sock: connected, non-blocking.
+        exports: by name, as they are when the client asks.
+        negotiation: fresh.
+
+    Returns:
+        None if the client went away, or was sent away, politely.
+
+    Raises:
+        RemoteProtocolError: the client broke the protocol.
+        OSError: the connection is lost.
+    """
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            event = negotiation.next_event()
+        finally:
+            outgoing = negotiation.data_to_send()
+            if outgoing:
+                await loop.sock_sendall(sock, outgoing)
+        match event:
+            case NeedData.NEED_DATA:
+                negotiation.receive_data(await loop.sock_recv(sock, RECEIVE_BYTES))
+            case Ready() as ready:
+                return Negotiated(ready, exports[ready.export_name], negotiation.trailing_data)
+            case Aborted():
+                return None
+            case Closed(reason):
+                log.debug("handshake ended: %s", reason)
+                return None
+            case ListExports() | ExportQuery() | MetaContextQuery() | StartTls():
+                _answer(event, exports, negotiation)
+
+
+def _answer(
+    question: ListExports | ExportQuery | MetaContextQuery | StartTls,
+    exports: Mapping[str, Export],
+    negotiation: ServerNegotiation,
+) -> None:
+    match question:
+        case ListExports():
+            negotiation.send_export_list([(export.name, export.description) for export in exports.values()])
+        case ExportQuery(name=name):
+            if name in exports:
+                negotiation.accept_export(exports[name].info())
+            else:
+                negotiation.refuse(OptionReplyType.ERR_UNKNOWN, unknown_export(name))
+        case MetaContextQuery(option=option, export=name, queries=queries):
+            if name in exports:
+                names = select_contexts(Option(option), queries, exports[name].contexts())
+                negotiation.send_meta_contexts(list(enumerate(names, 1)))
+            else:
+                negotiation.refuse(OptionReplyType.ERR_UNKNOWN, unknown_export(name))
+        case StartTls():
+            negotiation.refuse(OptionReplyType.ERR_POLICY, "this server has no TLS")
+
+
+def unknown_export(name: str) -> str:
+    """The text for a client that asks for an export which is not there."""
+    return f"export {name!r} is not present" if name else "there is no default export; ask for one by name"

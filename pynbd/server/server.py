@@ -1,0 +1,350 @@
+"""`NbdServer`: listening sockets, the clients that come, and an orderly end."""
+
+import asyncio
+import contextlib
+import logging
+import socket
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+from nbd_protocol.constants import NEGOTIATION_TIMEOUT_S
+from nbd_protocol.errors import RemoteProtocolError
+from nbd_protocol.server_negotiation import ServerNegotiation
+from pynbd.block.errors import OptionError
+from pynbd.server.budget import DEFAULT_POOL_BYTES, PayloadBudget
+from pynbd.server.connection import Connection, Scratch
+from pynbd.server.export import Export
+from pynbd.server.handshake import Negotiated, negotiate
+from pynbd.server.inline import InlineStarter
+from pynbd.server.wire import PlainWire, tune
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 1024
+"""Connections that the kernel keeps until they are accepted."""
+
+DEFAULT_MAX_CLIENTS = 1024
+"""Clients at one time, where nobody says otherwise: each costs a descriptor and some memory."""
+
+GRACE_S = 10.0
+"""How long requests in flight may take to end when the server stops."""
+
+ABORT_GRACE_S = 2.0
+"""How long requests may still take once their clients were given up."""
+
+STALL_CHECK_S = 5.0
+MIN_PROGRESS_BYTES = 256 << 10
+"""A client that holds payload memory which others wait for must move so much in every check, or go."""
+
+PAYLOAD_STALL_CHECKS = 12
+"""Checks without a byte after which an unfinished payload closes its connection, whether or not others wait."""
+
+
+class NbdServer:
+    """Serves exports to any number of clients.
+
+    Args:
+        exports: what there is to serve; may be added to and removed from while it runs.
+        max_clients: clients at one time, 0 for `DEFAULT_MAX_CLIENTS`; further ones wait in the kernel.
+        payload_pool: memory for payloads of all clients together, beyond a small reserve for each, in bytes.
+        structured, extended: whether these framings are offered.
+        handshake_timeout_s: how long a client may take to choose an export.
+    """
+
+    def __init__(
+        self,
+        exports: list[Export],
+        *,
+        max_clients: int = 0,
+        payload_pool: int = DEFAULT_POOL_BYTES,
+        structured: bool = True,
+        extended: bool = True,
+        handshake_timeout_s: float = NEGOTIATION_TIMEOUT_S,
+    ) -> None:
+        self.exports: dict[str, Export] = {}
+        for export in exports:
+            self.add_export(export)
+        self.max_clients = max_clients or DEFAULT_MAX_CLIENTS
+        self.handshake_timeout_s = handshake_timeout_s
+        self.budget = PayloadBudget(payload_pool)
+        self.connections: set[Connection] = set()
+        self.on_client_gone: list[Callable[[], None]] = []
+        self.served = 0
+        self._structured = structured
+        self._extended = extended
+        self._loop = asyncio.get_running_loop()
+        self._starter = InlineStarter(self._loop)
+        self._scratch = Scratch()
+        self._listeners: list[socket.socket] = []
+        self._unlink: list[tuple[Path, int]] = []
+        self._accepting = False
+        self._handshakes: set[asyncio.Task[None]] = set()
+        self._stopping = False
+        self._somebody_left = asyncio.Event()
+        self._progress: dict[Connection, tuple[int, int]] = {}
+        self._stall_timer: asyncio.TimerHandle | None = None
+
+    # --- exports ------------------------------------------------------------------------------------------
+
+    def add_export(self, export: Export) -> None:
+        """Serve one more disk.
+
+        Raises:
+            OptionError: there is one of that name.
+        """
+        if export.name in self.exports:
+            raise OptionError(f"there are two exports named {export.name!r}")
+        self.exports[export.name] = export
+
+    async def remove_export(self, name: str) -> Export:
+        """Serve a disk no longer; its clients are sent away when what they began has ended.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        export = self.exports.pop(name)
+        users = [connection for connection in self.connections if connection.export is export]
+        await self._send_away(users, GRACE_S)
+        return export
+
+    # --- listening ----------------------------------------------------------------------------------------
+
+    async def listen_tcp(self, host: str, port: int) -> list[tuple[str, int]]:
+        """Listen on all addresses that a host name stands for ("" means every address).
+
+        Returns:
+            the addresses, with the port that was taken if `port` was 0.
+
+        Raises:
+            OSError: an address can't be resolved or is in use.
+        """
+        found = await self._loop.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_ADDRCONFIG
+        )
+        bound: list[tuple[str, int]] = []
+        for family, _, _, _, address in dict.fromkeys(found):
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                sock.bind(address if port or not bound else (address[0], bound[0][1], *address[2:]))
+                self._listen(sock)
+            except OSError as problem:
+                sock.close()
+                raise OSError(problem.errno, f"can't listen on {host or '*'}:{port}: {problem.strerror}") from problem
+            bound.append(sock.getsockname()[:2])
+        return bound
+
+    def listen_unix(self, path: str) -> None:
+        """Listen on a Unix socket. One that a dead server left behind is replaced; a live one is not.
+
+        Raises:
+            OSError: the path is in use by a live server, or can't be made.
+        """
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            remove_dead_socket(path)
+            sock.bind(path)
+            self._listen(sock)
+        except OSError as problem:
+            sock.close()
+            raise OSError(problem.errno, f"can't listen on {path}: {problem.strerror or problem}") from problem
+        self._unlink.append((Path(path), Path(path).stat().st_ino))
+
+    def _listen(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        sock.listen(BACKLOG)
+        self._listeners.append(sock)
+        self._watch_listeners()
+
+    def _watch_listeners(self) -> None:
+        """Accept clients while there is room for more."""
+        room = not self._stopping and len(self.connections) + len(self._handshakes) < self.max_clients
+        for sock in self._listeners:
+            if room:
+                self._loop.add_reader(sock, self._accept, sock)
+            else:
+                self._loop.remove_reader(sock)
+        self._accepting = room
+
+    def _accept(self, listener: socket.socket) -> None:
+        while len(self.connections) + len(self._handshakes) < self.max_clients:
+            try:
+                sock, address = listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as problem:
+                # Out of descriptors, most likely. Clients wait in the kernel until some of ours are free.
+                log.error("can't accept a client: %s", problem)
+                self._loop.remove_reader(listener)
+                self._loop.call_later(1.0, self._watch_listeners)
+                return
+            task = self._loop.create_task(self._welcome(sock, peer_name(sock, address)))
+            self._handshakes.add(task)
+            task.add_done_callback(self._handshakes.discard)
+        self._watch_listeners()
+
+    # --- clients ------------------------------------------------------------------------------------------
+
+    async def _welcome(self, sock: socket.socket, peer: str) -> None:
+        """The handshake with a client, and what comes of it."""
+        result: Negotiated | None = None
+        try:
+            tune(sock)
+            async with asyncio.timeout(self.handshake_timeout_s):
+                negotiation = ServerNegotiation(structured=self._structured, extended=self._extended, resize=True)
+                result = await negotiate(sock, self.exports, negotiation)
+        except TimeoutError:
+            log.warning("%s: no export was chosen within %g s", peer, self.handshake_timeout_s)
+        except RemoteProtocolError as problem:
+            log.warning("%s: %s", peer, problem)
+        except OSError as problem:
+            log.debug("%s: connection lost in the handshake: %s", peer, problem)
+        except Exception:
+            log.exception("%s: handshake failed", peer)
+        finally:
+            if result is None:
+                sock.close()
+        if result is not None:
+            self._begin(sock, peer, result)
+        self._loop.call_soon(self._client_left, result is not None)
+
+    def _begin(self, sock: socket.socket, peer: str, result: Negotiated) -> None:
+        def make_wire(connection: Connection) -> PlainWire:
+            return PlainWire(self._loop, sock, connection.on_readable, connection.on_sent, connection.on_lost)
+
+        connection = Connection(
+            result.ready,
+            result.export,
+            self.budget.account(),
+            self._starter,
+            self._scratch,
+            peer,
+            make_wire,
+            self._gone,
+        )
+        log.info("%s: uses export %r (%s)", peer, result.export.name, result.ready.mode.value)
+        self.connections.add(connection)
+        self.served += 1
+        result.export.clients += 1
+        connection.begin(result.trailing)
+        if self._stopping or self.exports.get(result.export.name) is not result.export:
+            connection.shut_down()
+        if self._stall_timer is None:
+            self._stall_timer = self._loop.call_later(STALL_CHECK_S, self._check_stalls)
+
+    def _gone(self, connection: Connection) -> None:
+        log.info("%s: gone", connection.peer)
+        self.connections.discard(connection)
+        self._progress.pop(connection, None)
+        connection.export.clients -= 1
+        self._client_left(False)
+        self._somebody_left.set()
+        for tell in list(self.on_client_gone):
+            tell()
+
+    def _client_left(self, stays: bool) -> None:
+        if not self._accepting and not self._stopping and not stays:
+            self._watch_listeners()
+
+    def _check_stalls(self) -> None:
+        """Close clients that hold memory others wait for, and do not move; and payloads that never end."""
+        self._stall_timer = None
+        for connection in list(self.connections):
+            if not connection.holding_back:
+                self._progress.pop(connection, None)
+                continue
+            moved, checks = self._progress.get(connection, (-MIN_PROGRESS_BYTES, -1))
+            now = connection.wire.moved
+            still = now == moved
+            self._progress[connection] = (now, checks + 1 if still else 0)
+            too_slow = bool(self.budget.waiting) and now - moved < MIN_PROGRESS_BYTES and connection.account.held
+            if (too_slow and checks >= 0) or (still and checks >= PAYLOAD_STALL_CHECKS and connection.payload_open):
+                log.warning(
+                    "%s: stalled, and others wait for its memory" if too_slow else "%s: stalled", connection.peer
+                )
+                connection.abort()
+        if self.connections:
+            self._stall_timer = self._loop.call_later(STALL_CHECK_S, self._check_stalls)
+
+    # --- the end ------------------------------------------------------------------------------------------
+
+    async def close(self, grace_s: float = GRACE_S) -> None:
+        """Stop: no new clients; what is in flight ends (within `grace_s` seconds) and is answered; then all is closed.
+
+        The exports' nodes stay open: they are the caller's.
+        """
+        self._stopping = True
+        for sock in self._listeners:
+            self._loop.remove_reader(sock)
+            sock.close()
+        self._listeners.clear()
+        for path, inode in self._unlink:
+            with contextlib.suppress(OSError):
+                if path.stat().st_ino == inode:
+                    path.unlink()
+        for task in list(self._handshakes):
+            task.cancel()
+        await asyncio.gather(*self._handshakes, return_exceptions=True)
+        await self._send_away(list(self.connections), grace_s)
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+
+    async def _send_away(self, connections: list[Connection], grace_s: float) -> None:
+        """Shut connections down, and wait until their last requests have ended."""
+        for connection in connections:
+            connection.shut_down()
+        left = await self._gone_within(connections, grace_s)
+        for connection in left:
+            log.warning("%s: %d requests did not end within %g s", connection.peer, connection.in_flight, grace_s)
+            connection.backend.shutdown()
+            connection.abort()
+        for connection in await self._gone_within(left, ABORT_GRACE_S):
+            log.error("%s: %d requests are still in flight", connection.peer, connection.in_flight)
+
+    async def _gone_within(self, connections: list[Connection], timeout_s: float) -> list[Connection]:
+        """Wait until connections are gone; returns those that are not when the time is over."""
+        deadline = self._loop.time() + timeout_s
+        while left := [connection for connection in connections if connection in self.connections]:
+            remaining = deadline - self._loop.time()
+            if remaining <= 0:
+                break
+            self._somebody_left.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(remaining):
+                    await self._somebody_left.wait()
+        return left
+
+
+def peer_name(sock: socket.socket, address: object) -> str:
+    """What the log calls a client."""
+    if isinstance(address, tuple):
+        host, port = address[:2]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return f"unix#{sock.fileno()}"
+
+
+def remove_dead_socket(path: str) -> None:
+    """Remove a Unix socket that nobody listens on any more.
+
+    Raises:
+        OSError: somebody does, or it is no socket.
+    """
+    try:
+        mode = Path(path).stat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise FileExistsError(17, "a file of that name exists, and is no socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            Path(path).unlink(missing_ok=True)
+            return
+        except BlockingIOError:
+            pass
+    raise OSError(98, "another server listens there")

@@ -1,0 +1,278 @@
+"""`Wire`: how a connection's bytes come and go. One wire is a plain socket; TLS will be another.
+
+A wire never waits: what can't be sent at once is queued, and goes on when the socket takes more.
+"""
+
+import errno
+import os
+import socket
+from asyncio import AbstractEventLoop
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+MAX_VECTORS = 512
+"""Buffers of one `sendmsg`; the kernel takes 1024."""
+
+SOCKET_BUFFER_BYTES = 4 << 20
+"""What is asked of the kernel for each direction; it gives as much as its limits allow."""
+
+Buffer = bytes | bytearray | memoryview
+
+
+class FileSpan:
+    """Bytes that are sent straight from a file's pages, and what is to be sent behind them.
+
+    Args:
+        fd: the open file.
+        offset: where in it, in bytes.
+        length: how many bytes; exactly so many are sent, zeroes if the file fails.
+        finish: called when they have left, with the error if there was one; gives the end of the reply.
+    """
+
+    __slots__ = ("fd", "finish", "length", "offset")
+
+    def __init__(self, fd: int, offset: int, length: int, finish: Callable[[OSError | None], Buffer]) -> None:
+        # Its own descriptor: the file may be closed, or the node replaced, before a slow client has taken it all.
+        self.fd = os.dup(fd)
+        self.offset = offset
+        self.length = length
+        self.finish = finish
+
+    def __len__(self) -> int:
+        return self.length
+
+    def release(self) -> None:
+        """Close the descriptor."""
+        os.close(self.fd)
+
+
+Item = Buffer | FileSpan
+
+
+class Wire(Protocol):
+    """What a connection needs of the bytes' way in and out."""
+
+    unsent: int
+    """Bytes that are queued in memory (file spans count nothing)."""
+    moved: int
+    """Bytes that have gone either way since the start: whether a peer makes progress."""
+
+    @property
+    def queued(self) -> bool:
+        """Whether anything waits to be sent."""
+
+    def receive_into(self, into: memoryview) -> int:
+        """Receive what is there: its length, 0 at the end, -1 if nothing is there now.
+
+        Raises:
+            OSError: the connection is lost.
+        """
+
+    def send(self, items: list[Item]) -> None:
+        """Send what can be sent, queue the rest.
+
+        Raises:
+            OSError: the connection is lost.
+        """
+
+    def send_borrowed(self, view: memoryview) -> None:
+        """As `send`, for one buffer that is used again at once: what is not sent is copied."""
+
+    def pause_reading(self) -> None:
+        """Do not call `on_readable` until `resume_reading`."""
+
+    def resume_reading(self) -> None:
+        """Call `on_readable` whenever there is something to receive."""
+
+    def close(self) -> int:
+        """Close at once; what is queued is dropped. Returns how many file spans were among it."""
+
+
+class PlainWire:
+    """A non-blocking socket.
+
+    Args:
+        loop: the event loop.
+        sock: connected, non-blocking; it is closed with the wire.
+        on_readable: there is something to receive, or the peer is gone.
+        on_sent: the queue got shorter.
+        on_lost: sending failed while nobody was calling.
+    """
+
+    def __init__(
+        self,
+        loop: AbstractEventLoop,
+        sock: socket.socket,
+        on_readable: Callable[[], None],
+        on_sent: Callable[[], None],
+        on_lost: Callable[[OSError], None],
+    ) -> None:
+        self._loop = loop
+        self._sock = sock
+        self._fd = sock.fileno()
+        self._on_readable = on_readable
+        self._on_sent = on_sent
+        self._on_lost = on_lost
+        self._queue: deque[Item] = deque()
+        self._reading = False
+        self._writing = False
+        self._closed = False
+        self.unsent = 0
+        self.moved = 0
+
+    def receive_into(self, into: memoryview) -> int:
+        try:
+            received = self._sock.recv_into(into)
+        except (BlockingIOError, InterruptedError):
+            return -1
+        self.moved += received
+        return received
+
+    def send(self, items: list[Item]) -> None:
+        if self._closed or not items:
+            return
+        idle = not self._queue
+        self._queue.extend(items)
+        self.unsent += sum(len(item) for item in items if type(item) is not FileSpan)
+        if idle:
+            self._drain()
+        self._watch()
+
+    def send_borrowed(self, view: memoryview) -> None:
+        if self._closed:
+            return
+        sent = 0
+        if not self._queue:
+            # The usual case: one buffer with all answers of a wake-up, and the socket takes it whole.
+            try:
+                sent = self._sock.send(view)
+            except (BlockingIOError, InterruptedError):
+                sent = 0
+            self.moved += sent
+            if sent == len(view):
+                return
+        self._queue.append(bytes(view[sent:]))
+        self.unsent += len(view) - sent
+        self._watch()
+
+    def _watch(self) -> None:
+        if self._queue and not self._writing:
+            self._writing = True
+            self._loop.add_writer(self._fd, self._on_writable)
+
+    @property
+    def queued(self) -> bool:
+        """Whether anything waits to be sent."""
+        return bool(self._queue)
+
+    def _on_writable(self) -> None:
+        try:
+            self._drain()
+        except OSError as problem:
+            self._on_lost(problem)
+            return
+        if not self._queue and self._writing:
+            self._writing = False
+            self._loop.remove_writer(self._fd)
+        self._on_sent()
+
+    def _drain(self) -> None:
+        """Send until the queue is empty or the socket is full."""
+        while self._queue:
+            try:
+                progress = self._send_span() if type(self._queue[0]) is FileSpan else self._send_vectors()
+            except (BlockingIOError, InterruptedError):
+                return
+            if not progress:
+                return
+
+    def _send_vectors(self) -> bool:
+        """Send buffers up to the next file span; False when the socket did not take all of them."""
+        queue = self._queue
+        vectors: list[Buffer] = []
+        total = 0
+        for item in queue:
+            if isinstance(item, FileSpan) or len(vectors) == MAX_VECTORS:
+                break
+            vectors.append(item)
+            total += len(item)
+        more_follows = len(vectors) < len(queue)
+        sent = self._sock.sendmsg(vectors, (), socket.MSG_MORE if more_follows else 0)
+        self.moved += sent
+        self.unsent -= sent
+        left = sent
+        for _ in vectors:
+            head = queue[0]
+            if len(head) > left:
+                queue[0] = memoryview(head)[left:]  # type: ignore[arg-type]  # only buffers were taken
+                break
+            left -= len(head)
+            queue.popleft()
+        return sent == total
+
+    def _send_span(self) -> bool:
+        span = self._queue[0]
+        assert isinstance(span, FileSpan)
+        problem: OSError | None = None
+        if span.length:
+            try:
+                sent = os.sendfile(self._fd, span.fd, span.offset, span.length)
+            except (BlockingIOError, InterruptedError, BrokenPipeError, ConnectionResetError):
+                raise
+            except OSError as error:
+                problem, sent = error, 0
+            self.moved += sent
+            if sent:
+                span.offset += sent
+                span.length -= sent
+                if span.length:
+                    return True
+            elif problem is None:
+                problem = OSError(errno.EIO, f"the file ends at offset {span.offset}")
+        # The header has promised the bytes: what the file can't give is made up, and the end of the reply says so.
+        self._queue.popleft()
+        span.release()
+        end = span.finish(problem)
+        rest = [bytes(span.length), end] if span.length else [end]
+        for item in reversed(rest):
+            self._queue.appendleft(item)
+            self.unsent += len(item)
+        return True
+
+    def pause_reading(self) -> None:
+        if self._reading:
+            self._reading = False
+            self._loop.remove_reader(self._fd)
+
+    def resume_reading(self) -> None:
+        if not self._reading and not self._closed:
+            self._reading = True
+            self._loop.add_reader(self._fd, self._on_readable)
+
+    def close(self) -> int:
+        if self._closed:
+            return 0
+        self._closed = True
+        self.pause_reading()
+        if self._writing:
+            self._writing = False
+            self._loop.remove_writer(self._fd)
+        spans = [item for item in self._queue if isinstance(item, FileSpan)]
+        for span in spans:
+            span.release()
+        self._queue.clear()
+        self.unsent = 0
+        self._sock.close()
+        return len(spans)
+
+
+def tune(sock: socket.socket) -> None:
+    """Make a connected socket ready for block traffic: no delays for small replies, large buffers."""
+    sock.setblocking(False)
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        return  # TCP tunes its buffers by itself, as long as nobody sets them
+    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+        sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
