@@ -43,6 +43,7 @@ EXTENT_EXT_CODEC: Final = derive(messages.EXTENT_EXT, "extended extent")
 
 # Plain integers and bound methods: these run for every request.
 _DONE: Final = int(ChunkFlag.DONE)
+_REQ_ONE: Final = int(CommandFlag.REQ_ONE)
 _NONE: Final = int(ChunkType.NONE)
 _OFFSET_DATA: Final = int(ChunkType.OFFSET_DATA)
 _OFFSET_BYTES: Final = OFFSET_DATA_CODEC.size
@@ -324,15 +325,16 @@ def _sendable(text: str) -> str:
 def _told_extents(request: Request, extents: Extents, longest: int) -> list[tuple[int, int]]:
     told: list[tuple[int, int]] = []
     wanted = request.length
+    at_most = 1 if request.flags & _REQ_ONE else MAX_EXTENTS
     for length, flags in extents:
         if length < 1:
             raise LocalProtocolError(f"extent {len(told)} of the status at {request.offset} has {length} bytes")
-        if request.flags & CommandFlag.REQ_ONE:
+        if at_most == 1:
             length = min(length, wanted)
         cut = length > longest
         told.append((longest if cut else length, flags))
         wanted -= length
-        if cut or wanted <= 0 or len(told) == MAX_EXTENTS or request.flags & CommandFlag.REQ_ONE:
+        if cut or wanted <= 0 or len(told) == at_most:
             break
     if not told:
         raise LocalProtocolError(f"no extents for the status of {request.length} bytes at {request.offset}")
