@@ -1,0 +1,42 @@
+"""How a command that talks to disks ends when something is wrong: one line that says what and where, and status 1."""
+
+import asyncio
+import os
+import sys
+from collections.abc import Coroutine
+from typing import Any
+
+INTERRUPTED = 130
+"""The exit status of a command that was ended from the keyboard, as shells have it."""
+
+
+def told(problem: BaseException) -> str:
+    """What is wrong, in one line, without Python's words around it."""
+    text = str(problem)
+    if isinstance(problem, OSError) and problem.strerror:
+        text = problem.strerror
+        if problem.filename is not None:
+            text = f"{os.fsdecode(problem.filename)}: {text}"
+    return " ".join(text.split()) or type(problem).__name__
+
+
+def complete(verb: str, work: Coroutine[Any, Any, int]) -> int:
+    """Run a command's coroutine to its end and give the exit status; a failure is told on stderr.
+
+    Args:
+        verb: the command's name: `info`.
+        work: what it does; its result is the exit status.
+    """
+    from pynbd.block.errors import BlockError
+
+    try:
+        return asyncio.run(work)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; the interpreter must not try to flush the rest.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (OSError, BlockError) as problem:
+        print(f"pynbd {verb}: {told(problem)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
