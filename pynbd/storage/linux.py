@@ -10,6 +10,7 @@ import fcntl
 import os
 import struct
 import sys
+from pathlib import Path
 from typing import Final, NamedTuple
 
 assert sys.platform == "linux", "pynbd's storage needs Linux"
@@ -124,6 +125,18 @@ def logical_block_size(fd: int) -> int:
 def device_is_read_only(fd: int) -> bool:
     """Whether a block device refuses writes."""
     return bool(_ioctl_number(fd, BLKROGET, "i"))
+
+
+def discard_granularity(fd: int) -> int:
+    """The unit in which a block device gives space back, in bytes; 0 if it does not say or can't."""
+    number = os.fstat(fd).st_rdev
+    device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
+    for folder in (device, device.parent):  # a partition has no queue of its own
+        try:
+            return int((folder / "queue" / "discard_granularity").read_text())
+        except (OSError, ValueError):
+            continue
+    return 0
 
 
 def device_discard(fd: int, offset: int, length: int) -> None:

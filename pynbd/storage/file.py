@@ -1,0 +1,424 @@
+"""`file` and `host_device`: disks that are a file or a block device of the host.
+
+What is in the page cache is read in place; what is not, and everything that may take long, is done by threads, so
+that the event loop never waits for a disk.
+"""
+
+import errno
+import mmap
+import os
+import stat
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any, ClassVar, Literal
+from urllib.parse import unquote
+
+from pynbd.block import errors
+from pynbd.block.driver import Driver, Location, Preallocation
+from pynbd.block.errors import OptionError, PermissionConflict
+from pynbd.block.extents import Extent
+from pynbd.block.limits import Limits
+from pynbd.block.options import NodeOptions, OnOffAuto
+from pynbd.block.permissions import Permission
+from pynbd.block.requests import RequestFlag
+from pynbd.storage import linux, opening, pool, sizing, sparse, transfers, zeroing
+from pynbd.storage.locks import FileLocks
+
+INLINE_READ_BYTES = 256 << 10
+"""Larger reads are copied out of the page cache by a thread, while the event loop goes on."""
+
+INLINE_WRITE_BYTES = 64 << 10
+"""Larger writes are copied into the page cache by a thread."""
+
+SLOW_S = 0.001
+"""A call on the event loop that takes longer makes the next ones of its kind go to threads …"""
+
+PENALTY_S = 0.1
+"""… for so long."""
+
+FALLBACK_DIRECT_ALIGNMENT = 4096
+"""For direct I/O where the kernel does not say; no disk in use has larger blocks."""
+
+FUA = int(RequestFlag.FUA)
+MAY_UNMAP = int(RequestFlag.MAY_UNMAP)
+NO_FALLBACK = int(RequestFlag.NO_FALLBACK)
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+CHANGING = Permission.WRITE | Permission.WRITE_UNCHANGED | Permission.RESIZE
+
+
+class FileOptions(NodeOptions, frozen=True, kw_only=True):
+    """Options of the drivers `file` and `host_device`; the names are QEMU's.
+
+    Args:
+        filename: the file or device.
+        locking: whether to lock it against other processes; `auto` does where the file system can.
+        aio: accepted because QEMU has it; all three mean the same here.
+    """
+
+    filename: str
+    locking: OnOffAuto = "auto"
+    aio: Literal["threads", "native", "io_uring"] = "threads"
+
+
+class File(Driver):
+    """A disk that is a regular file."""
+
+    name = "file"
+    schemes: ClassVar[tuple[str, ...]] = ("file",)
+    Options = FileOptions
+    growable = True
+    zero_past_end = True
+    is_device = False
+
+    write_flags = FUA
+
+    options: FileOptions
+    _fd = -1
+
+    # --- naming, opening -----------------------------------------------------------------------------------
+
+    @classmethod
+    def parse_filename(cls, filename: str) -> dict[str, Any]:
+        rest = filename.removeprefix("file:")
+        if not rest.startswith("//"):
+            return {"filename": rest}  # QEMU's way to name a file that has a colon in it
+        host, slash, path = rest[2:].partition("/")
+        if host not in ("", "localhost") or not path:
+            raise OptionError(f"{filename}: expected file:///PATH")
+        return {"filename": slash + unquote(path)}
+
+    def filename(self) -> str:
+        return self.options.filename
+
+    async def open(self) -> None:
+        options = self.options
+        if options.force_share and not options.read_only:
+            raise OptionError(f"{options.filename}: force-share=on can only be used with read-only=on")
+        self._direct = options.cache.direct
+        opened = await pool.run(pool.transfers, self._open)
+        self._fd, self.node.read_only = opened.fd, opened.read_only
+        try:
+            self._locks = (
+                FileLocks(self._fd, options.filename, required=options.locking == "on")
+                if options.locking != "off"
+                else None
+            )
+            self._prepare()
+        except OSError as problem:
+            os.close(self._fd)
+            raise opening.explained(options.filename, problem) from problem
+
+    def _open(self) -> opening.Opened:
+        return opening.open_existing(
+            self.options.filename,
+            device=self.is_device,
+            read_only=self.options.read_only,
+            auto_read_only=self.options.auto_read_only,
+            direct=self._direct,
+        )
+
+    def _prepare(self) -> None:
+        """Find out what the open file can do."""
+        self.size = self._measure()
+        self._alignment = self._direct_alignment().offset if self._direct else 1
+        self.limits = self._limits()
+        # Direct I/O always goes to the disk, so that there is nothing to be had without waiting.
+        self._nowait = None if self._direct else linux.nowait_flags(self._fd)
+        self._reads = pool.Batch(self._read_in_thread)
+        self._writes = pool.Batch(self._write_in_thread)
+        self._writes_slow_until = float("inf") if self._direct else 0.0
+        self._status_slow_until = 0.0
+        self._dsync = True
+        self._flush_error: OSError | None = None
+        self._zeroing = zeroing.Zeroing(self._fd, device=self.is_device)
+        self._zeroes = pool.Batch(self._zero_in_thread)
+        self._discards = pool.Batch(self._discard_in_thread)
+
+    def _measure(self) -> int:
+        return os.fstat(self._fd).st_size
+
+    def _direct_alignment(self) -> linux.DirectAlignment:
+        return linux.direct_alignment(self._fd) or linux.DirectAlignment(
+            FALLBACK_DIRECT_ALIGNMENT, FALLBACK_DIRECT_ALIGNMENT
+        )
+
+    def _limits(self) -> Limits:
+        if not self._direct:
+            return Limits()
+        memory, offset = self._direct_alignment()
+        return Limits(request_alignment=offset, memory_alignment=memory)
+
+    async def close(self) -> None:
+        os.close(self._fd)  # and with it go the locks
+        self._fd = -1
+
+    # --- reading -------------------------------------------------------------------------------------------
+
+    def locate(self, offset: int, length: int) -> Location | None:
+        inside = self.size - offset
+        if self._nowait is None or inside <= 0:
+            return None
+        return Location(self._fd, offset, length if length < inside else inside, self._nowait)
+
+    def located_for_good(self) -> bool:
+        return self._nowait is not None
+
+    async def read(self, offset: int, into: memoryview, flags: int) -> None:
+        length = len(into)
+        if length <= INLINE_READ_BYTES and self._nowait is not None:
+            try:
+                got = os.preadv(self._fd, (into,), offset, self._nowait)
+            except OSError:
+                got = 0  # not in the page cache, mostly; if the disk is broken, the thread will learn that
+            if got == length:
+                return
+            if got:
+                into = into[got:]
+                offset += got
+            if offset >= self.size:
+                into[:] = bytes(len(into))
+                return
+        await self._reads.run(offset, into)
+
+    def _read_in_thread(self, offset: int, into: memoryview) -> None:
+        try:
+            if self._direct:
+                transfers.read_direct(self._fd, into, offset, self._alignment)
+            else:
+                transfers.read_at(self._fd, into, offset)
+        except OSError as problem:
+            raise self._failed(problem, "read", offset, len(into)) from problem
+
+    def _failed(self, problem: OSError, what: str, offset: int, length: int) -> OSError:
+        where = f"{self.node.name} ({self.options.filename})"
+        return errors.io_error(problem.errno or errno.EIO, where, f"{what} at {offset} for {length} bytes")
+
+    async def cache(self, offset: int, length: int) -> None:
+        if not self._direct:
+            await pool.run(pool.transfers, os.posix_fadvise, self._fd, offset, length, os.POSIX_FADV_WILLNEED)
+
+    # --- writing -------------------------------------------------------------------------------------------
+
+    async def write(self, offset: int, data: memoryview, flags: int) -> None:
+        length = len(data)
+        if flags & FUA and not self.options.cache.no_flush:
+            await pool.run(pool.syncs, self._write_durably, offset, data)
+        elif length <= INLINE_WRITE_BYTES and (started := perf_counter()) >= self._writes_slow_until:
+            try:
+                done = os.pwrite(self._fd, data, offset)
+            except OSError as problem:
+                raise self._failed(problem, "write", offset, length) from problem
+            ended = perf_counter()
+            if ended - started > SLOW_S:
+                self._writes_slow_until = ended + PENALTY_S
+            if done < length:
+                await self._writes.run(offset + done, data[done:])
+        else:
+            await self._writes.run(offset, data)
+        if offset + length > self.size:
+            self._grown(offset + length)
+
+    def _write_in_thread(self, offset: int, data: memoryview, flags: int = 0) -> None:
+        try:
+            if self._direct:
+                transfers.write_direct(self._fd, data, offset, flags)
+            else:
+                transfers.write_at(self._fd, data, offset, flags)
+        except OSError as problem:
+            raise self._failed(problem, "write", offset, len(data)) from problem
+
+    def _grown(self, size: int) -> None:
+        self.size = size
+        self.node.resized()
+
+    # --- durability ----------------------------------------------------------------------------------------
+
+    def _write_durably(self, offset: int, data: memoryview) -> None:
+        """Write, and come back when it is on stable storage."""
+        if self._flush_error is not None:
+            raise self._flush_error
+        if self._dsync:
+            try:
+                self._write_in_thread(offset, data, os.RWF_DSYNC)
+            except OSError as problem:
+                if problem.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                    self._judge_durable_write(problem, offset, data)
+                    raise
+                self._dsync = False
+            else:
+                return
+        self._write_in_thread(offset, data)
+        self._sync_in_thread()
+
+    def _judge_durable_write(self, problem: OSError, offset: int, data: memoryview) -> None:
+        """Find out whether the write failed, which is an error like any other, or the flush that was a part of it."""
+        if problem.errno in NO_ROOM:
+            self._write_in_thread(offset, data)  # fails as before, if there was no room for it
+        self._remember(problem)
+
+    async def flush_to_disk(self) -> None:
+        if self._flush_error is not None:
+            raise self._flush_error
+        await pool.run(pool.syncs, self._sync_in_thread)
+
+    def _sync_in_thread(self) -> None:
+        try:
+            os.fdatasync(self._fd)
+        except OSError as problem:
+            failed = self._failed(problem, "flush", 0, self.size)
+            self._remember(failed)
+            raise failed from problem
+
+    def _remember(self, problem: OSError) -> None:
+        """Let every later flush fail, once one has.
+
+        The kernel reports a failed write-back once, marks the pages clean and may drop them: a flush that is tried
+        again would succeed, and what was written would be lost all the same. Only who opens the file again starts
+        from what is really there. With O_DIRECT there are no such pages.
+        """
+        if not self._direct:
+            self._flush_error = problem
+
+    # --- zeroes, holes -------------------------------------------------------------------------------------
+
+    async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
+        await self._zeroes.run(offset, length, flags)
+        if offset + length > self.size:
+            self._grown(offset + length)
+
+    def _zero_in_thread(self, offset: int, length: int, flags: int) -> None:
+        try:
+            self._zeroing.zero(offset, length, may_unmap=bool(flags & MAY_UNMAP), quickly=bool(flags & NO_FALLBACK))
+        except OSError as problem:
+            raise self._failed(problem, "write_zeroes", offset, length) from problem
+
+    async def discard(self, offset: int, length: int) -> None:
+        length = min(length, self.size - offset)
+        if length > 0:
+            await self._discards.run(offset, length)
+
+    def _discard_in_thread(self, offset: int, length: int) -> None:
+        try:
+            self._zeroing.discard(offset, length)
+        except OSError as problem:
+            raise self._failed(problem, "discard", offset, length) from problem
+
+    async def block_status(self, offset: int, length: int) -> Sequence[Extent]:
+        started = perf_counter()
+        if started < self._status_slow_until:
+            return await pool.run(pool.transfers, sparse.extents, self.node, self._fd, offset, length)
+        found = sparse.extents(self.node, self._fd, offset, length)
+        ended = perf_counter()
+        if ended - started > SLOW_S:
+            self._status_slow_until = ended + PENALTY_S
+        return found
+
+    # --- size and shape ------------------------------------------------------------------------------------
+
+    async def truncate(self, size: int, preallocation: Preallocation, *, exact: bool) -> None:
+        before = self.size
+        try:
+            await pool.run(pool.syncs, sizing.resize, self._fd, before, size, preallocation)
+        except OSError as problem:
+            raise self._failed(
+                problem, f"resize to {size} (preallocation {preallocation.value})", 0, before
+            ) from problem
+        finally:
+            self.size = self._measure()
+
+    async def allocated_size(self) -> int | None:
+        return os.fstat(self._fd).st_blocks * 512
+
+    def has_zero_init(self) -> bool:
+        return True
+
+    @classmethod
+    async def create(cls, options: NodeOptions, size: int, preallocation: Preallocation) -> None:
+        assert isinstance(options, FileOptions)
+        await pool.run(pool.syncs, sizing.create, options.filename, size, preallocation, options.locking)
+
+    # --- permissions ---------------------------------------------------------------------------------------
+
+    def check_permissions(self, held: Permission, shared: Permission) -> None:
+        if self._fd < 0:
+            return  # nothing can be locked before it is open, and nobody holds anything then
+        if held & CHANGING and self.node.read_only:
+            raise PermissionConflict(
+                f"'{self.options.filename}' is open read-only, and {Permission(held & CHANGING).describe()} is needed"
+            )
+        if self._locks is not None:
+            self._locks.prepare(held, self._lets_others(shared))
+
+    def commit_permissions(self, held: Permission, shared: Permission) -> None:
+        if self._fd >= 0 and self._locks is not None:
+            self._locks.settle(held, self._lets_others(shared))
+
+    def abort_permissions(self, held: Permission, shared: Permission) -> None:
+        self.commit_permissions(held, shared)
+
+    def _lets_others(self, shared: Permission) -> Permission:
+        return Permission.ALL if self.options.force_share else shared
+
+
+class HostDevice(File):
+    """A disk that is a block device of the host."""
+
+    name = "host_device"
+    schemes = ()
+    growable = False
+    is_device = True
+
+    @classmethod
+    def probe_device(cls, filename: str) -> int:
+        try:
+            return 100 if stat.S_ISBLK(os.stat(filename).st_mode) else 0  # noqa: PTH116  # a Path changes names
+        except (OSError, ValueError):
+            return 0  # whoever opens it says why it can't be
+
+    def _measure(self) -> int:
+        return linux.device_size(self._fd)
+
+    def _direct_alignment(self) -> linux.DirectAlignment:
+        return linux.direct_alignment(self._fd) or linux.DirectAlignment(
+            mmap.PAGESIZE, linux.logical_block_size(self._fd)
+        )
+
+    def _limits(self) -> Limits:
+        block = linux.logical_block_size(self._fd)
+        direct = super()._limits()
+        return Limits(
+            request_alignment=direct.request_alignment,
+            memory_alignment=direct.memory_alignment,
+            write_zeroes_alignment=block,
+            discard_alignment=max(block, linux.discard_granularity(self._fd)),
+        )
+
+    async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
+        # It may take as long as writing all of it, so it must not hold up the threads that read.
+        await pool.run(pool.syncs, self._zero_in_thread, offset, length, flags)
+
+    async def discard(self, offset: int, length: int) -> None:
+        await pool.run(pool.syncs, self._discard_in_thread, offset, length)
+
+    async def block_status(self, offset: int, length: int) -> Sequence[Extent]:
+        # A device can't tell what was never written.
+        return (Extent(length, sparse.DATA, self.node, offset),)
+
+    async def truncate(self, size: int, preallocation: Preallocation, *, exact: bool) -> None:
+        self.size = self._measure()  # it may have been resized from outside: this is how to tell us
+        if size == self.size or (size < self.size and not exact):
+            return
+        raise errors.unsupported(
+            self.node.name, f"resize of the device {self.options.filename} from {self.size} to {size}"
+        )
+
+    async def allocated_size(self) -> int | None:
+        return None
+
+    def has_zero_init(self) -> bool:
+        return False
+
+    @classmethod
+    async def create(cls, options: NodeOptions, size: int, preallocation: Preallocation) -> None:
+        assert isinstance(options, FileOptions)
+        await pool.run(pool.syncs, sizing.check_device, options.filename, size, preallocation)
