@@ -86,6 +86,10 @@ class NbdUri(msgspec.Struct, frozen=True, kw_only=False):
     tls_certificates: str | None = None
     tls_psk_file: str | None = None
 
+    def with_export(self, export: str) -> NbdUri:
+        """The same place, another export."""
+        return msgspec.structs.replace(self, export=export)
+
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
             raise UriError(f"scheme {self.scheme!r} is none of {', '.join(SCHEMES)}")

@@ -18,6 +18,7 @@ from pynbd.block.errors import io_error
 from pynbd.block.extents import ChainExtent
 from pynbd.block.node import Node, nowhere
 from pynbd.block.permissions import ChildRole, Permission
+from pynbd.block.requests import RequestFlag
 from pynbd.block.statistics import Operation, Statistics
 
 T = TypeVar("T")
@@ -59,6 +60,8 @@ class BlockBackend:
         self.name = name
         self.on_read_error = on_read_error
         self.on_write_error = on_write_error
+        self.write_cache = True
+        """Without it every write is durable before it is answered (cache modes writethrough, directsync)."""
         self.io_status = IoStatus.OK
         self.statistics = Statistics()
         self.in_flight = 0
@@ -258,6 +261,8 @@ class BlockBackend:
                 may have been written then.
         """
         edge = self._writable_edge(offset, len(data), "write")
+        if not self.write_cache:
+            flags |= RequestFlag.FUA
         await self._run(Operation.WRITE, len(data), lambda: edge.write(offset, data, flags), None)
 
     async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
@@ -267,6 +272,8 @@ class BlockBackend:
             OSError: as `write`; ENOTSUP with `NO_FALLBACK` if it is not quick, and nothing has changed.
         """
         edge = self._writable_edge(offset, length, "write_zeroes")
+        if not self.write_cache:
+            flags |= RequestFlag.FUA
         await self._run(Operation.WRITE_ZEROES, length, lambda: edge.write_zeroes(offset, length, flags), None)
 
     async def discard(self, offset: int, length: int) -> None:

@@ -21,6 +21,7 @@ The contract:
 - `data` of a write is read-only and valid until the coroutine returns; who keeps it, copies it.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -39,11 +40,19 @@ if TYPE_CHECKING:
 
 
 class Location(NamedTuple):
-    """Where bytes lie verbatim: in which open file, where in it, and how many of them."""
+    """Where bytes lie verbatim.
+
+    Args:
+        fd: in which open file.
+        host_offset: where in it, in bytes.
+        length: how many of them.
+        flags: for `preadv`, so that it does not wait for a disk: `RWF_NOWAIT`, or 0 where memory is the disk.
+    """
 
     fd: int
     host_offset: int
     length: int
+    flags: int = os.RWF_NOWAIT
 
 
 class Preallocation(Enum):
@@ -107,9 +116,9 @@ class Driver:
     """Writes past the end make it longer."""
     zero_past_end: ClassVar[bool] = False
     """Reads past the end give zeroes, without help from the block layer."""
-    write_flags: ClassVar[int] = 0
+    write_flags: int = 0
     """The request flags that `write` itself honours; the block layer does FUA by a flush otherwise."""
-    write_zeroes_flags: ClassVar[int] = 0
+    write_zeroes_flags: int = 0
     """The same for `write_zeroes`."""
 
     limits: Limits = UNLIMITED

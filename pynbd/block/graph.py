@@ -6,7 +6,7 @@ flight in the part that changes.
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
@@ -45,6 +45,7 @@ class Graph:
 
     def __init__(self) -> None:
         self.nodes: dict[str, Node] = {}
+        self._foreseen: frozenset[str] = frozenset()
 
     # --- opening ------------------------------------------------------------------------------------------
 
@@ -140,6 +141,27 @@ class Graph:
             node.relink()
         return node
 
+    def check(self, tree: Mapping[str, Any], *, known: Collection[str] = ()) -> None:
+        """Check a tree as far as that can be done without opening anything.
+
+        Args:
+            tree: as `describe` gives it.
+            known: names of nodes that are going to be there.
+
+        Raises:
+            OptionError: the description is wrong.
+        """
+        self._foreseen = frozenset(known)
+        try:
+            if "driver" in tree:
+                self._plan(tree, "", trusted=True, depth=0)
+            elif "file" in tree:
+                self._plan_child("file", tree["file"], tree, "", trusted=True, depth=1)
+            else:
+                raise OptionError(f"no driver is given (options: {', '.join(sorted(tree)) or 'none'})")
+        finally:
+            self._foreseen = frozenset()
+
     # --- planning -----------------------------------------------------------------------------------------
 
     def _plan(self, tree: Mapping[str, Any], path: str, *, trusted: bool, depth: int) -> Plan:
@@ -174,6 +196,8 @@ class Graph:
         if isinstance(value, Node):
             return value
         if isinstance(value, str):
+            if value in self._foreseen:
+                return Plan(Driver, NodeOptions(), {})
             node = self.nodes.get(value)
             if node is None:
                 raise OptionError(

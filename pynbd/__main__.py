@@ -1,0 +1,8 @@
+"""`python -m pynbd`: the same as the command `pynbd`."""
+
+import sys
+
+from pynbd.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

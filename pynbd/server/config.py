@@ -1,0 +1,191 @@
+"""What a server serves, and where: the same structure from a TOML file and from the command line.
+
+[server]
+listen = ["127.0.0.1:10809", "[::1]:10809", "unix:/run/pynbd.sock"]
+
+[[node]]                          # disks that several exports, filters or overlays use by name
+node-name = "base"
+driver = "raw"
+read-only = true
+file = { driver = "file", filename = "base.raw" }
+
+[export.disk0]
+disk = "disk0.raw"                # a file name, a URI, a node's name, or a table of options
+format = "raw"
+description = "the first disk"
+filters = ["nofilter", { driver = "delay", read = "5ms" }]
+bitmaps = ["backup"]
+"""
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from nbd_protocol.constants import DEFAULT_PORT
+from pynbd.block import options
+from pynbd.block.errors import OptionError
+
+MAX_CONFIG_BYTES = 4 << 20
+"""A configuration file larger than this is a mistake."""
+
+CacheMode = Literal["none", "writeback", "writethrough", "directsync", "unsafe"]
+
+
+class ListenOptions(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """Where a server listens, and how many clients it takes.
+
+    Args:
+        listen: addresses: `HOST:PORT`, `[V6]:PORT`, `HOST`, `unix:PATH`.
+        max_clients: clients at one time, 0 for the default.
+        structured_replies, extended_headers: whether these framings are offered.
+        payload_memory: for payloads of all clients together, in bytes.
+    """
+
+    listen: tuple[str, ...] = ()
+    max_clients: int = 0
+    structured_replies: options.OnOff = True
+    extended_headers: options.OnOff = True
+    payload_memory: options.Size = 64 << 20
+
+
+class ExportOptions(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """One export.
+
+    Args:
+        disk: what it shows: a file name, a URI, dotted keys, `json:{…}`, the name of a node, or a table.
+        format: the format of an image that is given by name; guessed if empty.
+        description: for people.
+        read_only: clients can't write.
+        snapshot: writes go to a temporary overlay, and are lost at the end.
+        filters: on top of the disk, the first one nearest to it; names, or tables with `driver`.
+        bitmaps: dirty bitmaps that are made if need be, and can be asked for as `qemu:dirty-bitmap:NAME`.
+        allocation_depth: `qemu:allocation-depth` can be asked for.
+        offset: where in the image the disk begins, in bytes.
+        cache: how writes are cached, as in QEMU.
+        discard, detect_zeroes: as every node takes them.
+        min_block: requests must be multiples of it, in bytes.
+        resize: clients may resize the disk (an experimental part of the protocol).
+    """
+
+    disk: str | dict[str, Any]
+    format: str = ""
+    description: str = ""
+    read_only: options.OnOff = False
+    snapshot: options.OnOff = False
+    filters: tuple[str | dict[str, Any], ...] = ()
+    bitmaps: tuple[str, ...] = ()
+    allocation_depth: options.OnOff = False
+    offset: options.Size = 0
+    cache: CacheMode = "writeback"
+    discard: Literal["ignore", "unmap", "off", "on"] = "ignore"
+    detect_zeroes: Literal["off", "on", "unmap"] = "off"
+    min_block: options.Size = 1
+    resize: options.OnOff = False
+
+    def __post_init__(self) -> None:
+        if self.min_block & (self.min_block - 1) or not 1 <= self.min_block <= 65536:
+            raise OptionError(f"min-block: {self.min_block} is no power of two from 1 to 65536")
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole configuration.
+
+    Args:
+        server: where and how.
+        nodes: disks by name, in the order in which they are opened.
+        exports: by name; "" is the default export.
+    """
+
+    server: ListenOptions = ListenOptions()
+    nodes: tuple[dict[str, Any], ...] = ()
+    exports: dict[str, ExportOptions] = {}
+
+
+class Address(msgspec.Struct, frozen=True):
+    """One place to listen: a Unix socket's path, or a host and a port."""
+
+    host: str = ""
+    port: int = DEFAULT_PORT
+    path: str = ""
+
+
+def parse_address(text: str) -> Address:
+    """An address from `HOST:PORT`, `[V6]:PORT`, `HOST`, `:PORT` or `unix:PATH`.
+
+    Raises:
+        OptionError: it is none of them.
+    """
+    if text.startswith("unix:"):
+        path = text.removeprefix("unix:")
+        if not path or len(os.fsencode(path)) > 107:
+            raise OptionError(f"listen: {text!r}: a Unix socket's path has 1 to 107 bytes")
+        return Address(path=path)
+    host, colon, port = text.rpartition(":")
+    if text.startswith("["):
+        host, _, rest = text[1:].partition("]")
+        colon, port = rest[:1], rest[1:]
+    elif not colon or ":" in host:
+        host, colon, port = text, "", ""
+    if not colon:
+        return Address(host=host)
+    if not port.isdecimal() or int(port) > 65535:
+        raise OptionError(f"listen: {text!r}: {port!r} is no port (0 to 65535)")
+    return Address(host=host, port=int(port))
+
+
+def load(filename: str) -> Config:
+    """Read and check a configuration file; nothing is opened.
+
+    Raises:
+        OptionError: it can't be read, is no TOML, or says something wrong: which file, which key, what was allowed.
+    """
+    try:
+        raw = Path(filename).read_bytes()[: MAX_CONFIG_BYTES + 1]
+    except OSError as problem:
+        raise OptionError(f"{filename}: {problem.strerror}") from problem
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise OptionError(f"{filename}: longer than {MAX_CONFIG_BYTES} bytes")
+    try:
+        tree = tomllib.loads(raw.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as problem:
+        raise OptionError(f"{filename}: {problem}") from problem
+    try:
+        return from_tree(tree)
+    except OptionError as problem:
+        raise OptionError(f"{filename}: {problem}") from problem
+
+
+def from_tree(tree: dict[str, Any]) -> Config:
+    """A configuration from the tree of its TOML file.
+
+    Raises:
+        OptionError: which key is wrong, and what was allowed.
+    """
+    for key in tree:
+        if key not in ("server", "node", "export"):
+            raise OptionError(f"{key}: there are only the tables server, node and export")
+    exports = _table(tree, "export")
+    nodes = tree.get("node", [])
+    if not isinstance(nodes, list) or not all(isinstance(node, dict) for node in nodes):
+        raise OptionError("node: expected tables, written [[node]]")
+    for number, node in enumerate(nodes, 1):
+        if not node.get("node-name"):
+            raise OptionError(f"node: table number {number} has no node-name")
+    return Config(
+        server=options.convert(_table(tree, "server"), ListenOptions, path="server.", driver="server"),
+        nodes=tuple(nodes),
+        exports={
+            name: options.convert(_table(exports, name), ExportOptions, path=f"export.{name}.", driver="export")
+            for name in exports
+        },
+    )
+
+
+def _table(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    table = tree.get(name, {})
+    if not isinstance(table, dict):
+        raise OptionError(f"{name}: expected a table, found {table!r}")
+    return table

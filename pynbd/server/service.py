@@ -1,0 +1,220 @@
+"""`Service`: a configuration brought to life. It opens the disks, serves them, and ends in order."""
+
+import contextlib
+import logging
+import os
+import tempfile
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nbd_protocol.uri import NbdUri
+from pynbd.block import options
+from pynbd.block.backend import BlockBackend
+from pynbd.block.bitmaps import DirtyBitmap
+from pynbd.block.errors import OptionError
+from pynbd.block.graph import Graph
+from pynbd.block.node import Node
+from pynbd.block.permissions import Permission
+from pynbd.block.registry import is_python_file
+from pynbd.server.config import Config, ExportOptions, ListenOptions, parse_address
+from pynbd.server.export import Export
+from pynbd.server.server import NbdServer
+
+log = logging.getLogger(__name__)
+
+CACHE_OPTIONS: Mapping[str, dict[str, str]] = {
+    "none": {"direct": "on"},
+    "writeback": {},
+    "writethrough": {},
+    "directsync": {"direct": "on"},
+    "unsafe": {"no-flush": "on"},
+}
+"""What QEMU's cache modes mean for the nodes."""
+
+WRITE_THROUGH = ("writethrough", "directsync")
+"""Modes in which every write is durable before it is answered."""
+
+
+class Service:
+    """The disks of a configuration, opened and exported; use `open_service`."""
+
+    def __init__(self, graph: Graph, server: NbdServer) -> None:
+        self.graph = graph
+        self.server = server
+        self.uris: list[NbdUri] = []
+
+    async def add_export(self, name: str, wanted: ExportOptions) -> Export:
+        """Open a disk and serve it under a name.
+
+        Raises:
+            OptionError, BlockError, OSError: it can't be opened; nothing of it stays open.
+        """
+        backend = BlockBackend(f"export {name!r}")
+        before = set(self.graph.nodes)
+        try:
+            node = await self._open_disk(wanted)
+            writable = not (wanted.read_only or node.read_only)
+            held = Permission.CONSISTENT_READ | (Permission.WRITE if writable else Permission.NONE)
+            if wanted.resize and writable:
+                held |= Permission.RESIZE
+            backend.write_cache = wanted.cache not in WRITE_THROUGH
+            # Others may look on. Nobody else may write behind our clients' backs, in this process or another.
+            self.graph.attach(backend, node, held, Permission.ALL & ~(Permission.WRITE | Permission.RESIZE))
+            self._make_bitmaps(node, wanted)
+            export = Export(
+                name,
+                backend,
+                description=wanted.description,
+                allocation_depth=wanted.allocation_depth,
+                bitmaps=wanted.bitmaps,
+                min_block=wanted.min_block,
+                resize=wanted.resize and writable,
+            )
+            self.server.add_export(export)
+        except BaseException:
+            if backend.root is not None:
+                self.graph.detach(backend)
+            await self._close_since(before)
+            raise
+        return export
+
+    async def _close_since(self, before: set[str]) -> None:
+        """Close what was opened for an export that came to nothing."""
+        while unused := [n for name, n in self.graph.nodes.items() if name not in before and not n.parents]:
+            await self.graph.close(unused[0])
+
+    async def _open_disk(self, wanted: ExportOptions) -> Node:
+        node = await self._open_image(wanted)
+        if wanted.snapshot:
+            node = await self._temporary_overlay(node)
+        for entry in wanted.filters:
+            tree = dict(entry) if isinstance(entry, Mapping) else options.parse_dotted(entry, implied_key="driver")
+            defaults = {"discard": "unmap", "read-only": node.read_only}
+            node = await self.graph.open({**defaults, **tree, "file": node})
+        return node
+
+    async def _open_image(self, wanted: ExportOptions) -> Node:
+        if isinstance(wanted.disk, str) and wanted.disk in self.graph.nodes:
+            return self.graph.nodes[wanted.disk]
+        tree = self.graph.describe(wanted.disk, format=wanted.format)
+        if wanted.offset:
+            if tree.get("driver", "raw") != "raw":
+                raise OptionError(f"offset: only a raw disk can begin at an offset, not {tree['driver']!r}")
+            tree = {**tree, "driver": "raw", "offset": wanted.offset}
+        if is_python_file(str(tree.get("driver", ""))) and wanted.discard == "ignore":
+            tree = {"discard": "unmap", **tree}  # its author decides: there is nothing below it to protect
+        return await self.graph.open(
+            tree,
+            read_only=wanted.read_only or wanted.snapshot,
+            discard=wanted.discard,
+            detect_zeroes="off" if wanted.snapshot else wanted.detect_zeroes,
+            cache=CACHE_OPTIONS[wanted.cache],
+        )
+
+    async def _temporary_overlay(self, below: Node) -> Node:
+        """An overlay whose file is gone from its folder as soon as it is open: nothing is left behind, ever."""
+        descriptor, filename = tempfile.mkstemp(prefix="pynbd-", suffix=".overlay")
+        os.close(descriptor)
+        try:
+            file = {"driver": "file", "filename": filename, "locking": "off", "cache": {"no-flush": "on"}}
+            tree: dict[str, Any] = {"driver": "overlay", "discard": "unmap", "file": file, "backing": below}
+            return await self.graph.open(tree)
+        finally:
+            Path(filename).unlink()
+
+    @staticmethod
+    def _make_bitmaps(node: Node, wanted: ExportOptions) -> None:
+        for name in wanted.bitmaps:
+            if name not in node.bitmaps:
+                node.bitmaps[name] = DirtyBitmap(name, node.size)
+        if wanted.bitmaps:
+            node.relink()
+
+    async def listen(self, where: ListenOptions) -> None:
+        """Listen on all addresses; `uris` says how they are reached (for the default export).
+
+        Raises:
+            OptionError, OSError: one of them can't be.
+        """
+        for text in where.listen:
+            address = parse_address(text)
+            if address.path:
+                self.server.listen_unix(address.path)
+                self.uris.append(NbdUri("nbd+unix", socket_path=address.path))
+                continue
+            for host, port in await self.server.listen_tcp(address.host, address.port):
+                self.uris.append(NbdUri("nbd", host=reachable(host), port=port))
+
+    async def close(self, grace_s: float) -> None:
+        """Send the clients away, flush, and close the disks.
+
+        Raises:
+            OSError, BlockError: something could not be flushed; all is closed.
+        """
+        await self.server.close(grace_s)
+        for export in self.server.exports.values():
+            if export.backend.in_flight:
+                log.error("export %r: %d requests are lost", export.name, export.backend.in_flight)
+                continue
+            self.graph.detach(export.backend)
+        await self.graph.close_all()
+
+
+@contextlib.asynccontextmanager
+async def open_service(config: Config, *, grace_s: float = 10.0) -> AsyncIterator[Service]:
+    """Open everything that a configuration names, listen, and at the end close it in order.
+
+    Args:
+        config: what to serve, and where.
+        grace_s: how long requests in flight may take at the end.
+
+    Raises:
+        OptionError, BlockError, OSError: something can't be opened; nothing stays open.
+    """
+    server = NbdServer(
+        [],
+        max_clients=config.server.max_clients,
+        payload_pool=config.server.payload_memory,
+        structured=config.server.structured_replies,
+        extended=config.server.extended_headers,
+    )
+    service = Service(Graph(), server)
+    try:
+        for tree in config.nodes:
+            await service.graph.open(tree)
+        for name, wanted in config.exports.items():
+            await service.add_export(name, wanted)
+        await service.listen(config.server)
+        yield service
+    finally:
+        await service.close(grace_s)
+
+
+def reachable(host: str) -> str:
+    """The address by which this machine reaches a listener: that of "every address" is none."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  # compared with, not bound to
+
+
+async def check(config: Config) -> None:
+    """Check a configuration as far as that can be done without touching a disk.
+
+    Raises:
+        OptionError: what is wrong.
+    """
+    graph = Graph()
+    names = {str(tree["node-name"]) for tree in config.nodes}
+    for tree in config.nodes:
+        graph.check(tree, known=names)
+    for name, wanted in config.exports.items():
+        if isinstance(wanted.disk, str) and wanted.disk in names:
+            continue
+        try:
+            graph.check(graph.describe(wanted.disk, format=wanted.format), known=names)
+            for entry in wanted.filters:
+                tree = dict(entry) if isinstance(entry, Mapping) else options.parse_dotted(entry, implied_key="driver")
+                graph.check({**tree, "file": {"driver": "null"}}, known=names)
+        except OptionError as problem:
+            raise OptionError(f"export.{name}: {problem}") from problem
+    for address in config.server.listen:
+        parse_address(address)
