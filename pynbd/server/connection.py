@@ -53,9 +53,15 @@ MAX_UNSENT_BYTES = 4 << 20
 PAYLOAD_STEP_BYTES = 1 << 20
 """Memory for a payload is reserved in such steps, as the payload arrives."""
 
+# Plain integers: what an IntFlag costs in an expression is more than the rest of a small request.
 READ = int(Command.READ)
 WRITE = int(Command.WRITE)
 DISC = int(Command.DISC)
+COMMAND_FUA = int(CommandFlag.FUA)
+FUA = int(RequestFlag.FUA)
+
+JOINED_ANSWER_BYTES = 32 << 10
+"""Answers up to this length together are copied into one buffer: a vectored send costs more for small ones."""
 
 HOLE_READ_BYTES = 64 << 10
 """Reads from this length up ask where the holes are."""
@@ -465,7 +471,11 @@ class Connection:
     async def _carry_out(self, request: Request, payload: memoryview | None, reserved: int) -> None:
         """One request from its start to its reply. It is never cancelled, and raises nothing."""
         try:
-            answer = await self._execute(request, payload)
+            if request.type == WRITE and payload is not None:
+                await self.backend.write(request.offset, payload, FUA if request.flags & COMMAND_FUA else 0)
+                answer: list[Item] = [self._replies.done(request)]
+            else:
+                answer = await self._execute(request)
         except OSError as problem:
             answer = [self._error(request, problem)]
         except Exception as problem:
@@ -488,16 +498,13 @@ class Connection:
             log.warning("%s: export %r: %s: %s", self.peer, self.export.name, describe(request), problem)
         return self._replies.error(request, code, problem.strerror or str(problem))
 
-    async def _execute(self, request: Request, payload: memoryview | None) -> list[Item]:
-        """Do what a request asks for; returns its reply."""
+    async def _execute(self, request: Request) -> list[Item]:
+        """Do what a request other than a write asks for; returns its reply."""
         backend, offset, length, flags = self.backend, request.offset, request.length, request.flags
-        fua = RequestFlag.FUA if flags & CommandFlag.FUA else 0
+        fua = FUA if flags & COMMAND_FUA else 0
         match request.type:
             case Command.READ:
                 return await self._read(request)
-            case Command.WRITE:
-                if payload is not None and length:
-                    await backend.write(offset, payload, int(fua))
             case Command.FLUSH:
                 await backend.flush()
             case Command.TRIM:
@@ -509,13 +516,13 @@ class Connection:
                 if length:
                     await backend.cache(offset, length)
             case Command.WRITE_ZEROES:
-                wanted = int(fua)
+                wanted = fua
                 if not flags & CommandFlag.NO_HOLE:
-                    wanted |= RequestFlag.MAY_UNMAP
+                    wanted |= int(RequestFlag.MAY_UNMAP)
                 if flags & CommandFlag.FAST_ZERO:
-                    wanted |= RequestFlag.NO_FALLBACK
+                    wanted |= int(RequestFlag.NO_FALLBACK)
                 if length:
-                    await backend.write_zeroes(offset, length, int(wanted))
+                    await backend.write_zeroes(offset, length, wanted)
             case Command.BLOCK_STATUS:
                 return await self._block_status(request)
             case Command.RESIZE:
@@ -611,7 +618,7 @@ class Connection:
         if self._out:
             items, self._out = self._out, []
             try:
-                self.wire.send(items)
+                self.wire.send(together(items))
             except OSError as problem:
                 self._lose(problem)
                 return
@@ -639,6 +646,18 @@ class Connection:
     def on_lost(self, problem: OSError) -> None:
         """Sending failed."""
         self._lose(problem)
+
+
+def together(items: list[Item]) -> list[Item]:
+    """The same bytes in one buffer, if they are few."""
+    if len(items) == 1:
+        return items
+    total = 0
+    for item in items:
+        if isinstance(item, FileSpan):
+            return items
+        total += len(item)
+    return [b"".join(items)] if total <= JOINED_ANSWER_BYTES else items  # type: ignore[arg-type]  # no span is among them
 
 
 def runs(extents: Sequence[ChainExtent]) -> list[tuple[int, bool]]:

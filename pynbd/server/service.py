@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import tempfile
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +114,10 @@ class Service:
 
     async def _temporary_overlay(self, below: Node) -> Node:
         """An overlay whose file is gone from its folder as soon as it is open: nothing is left behind, ever."""
-        descriptor, filename = tempfile.mkstemp(prefix="pynbd-", suffix=".overlay")
-        os.close(descriptor)
-        try:
+        with temporary_file() as filename:
             file = {"driver": "file", "filename": filename, "locking": "off", "cache": {"no-flush": "on"}}
             tree: dict[str, Any] = {"driver": "overlay", "discard": "unmap", "file": file, "backing": below}
             return await self.graph.open(tree)
-        finally:
-            Path(filename).unlink()
 
     @staticmethod
     def _make_bitmaps(node: Node, wanted: ExportOptions) -> None:
@@ -189,6 +185,17 @@ async def open_service(config: Config, *, grace_s: float = 10.0) -> AsyncIterato
         yield service
     finally:
         await service.close(grace_s)
+
+
+@contextlib.contextmanager
+def temporary_file() -> Iterator[str]:
+    """The name of an empty file that is gone afterwards; whoever has opened it meanwhile keeps what is in it."""
+    descriptor, filename = tempfile.mkstemp(prefix="pynbd-", suffix=".overlay")
+    os.close(descriptor)
+    try:
+        yield filename
+    finally:
+        Path(filename).unlink()
 
 
 def reachable(host: str) -> str:
