@@ -1,0 +1,101 @@
+"""Disks under test, and what of the host they need."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pynbd.block.backend import BlockBackend
+from pynbd.block.graph import Graph
+from pynbd.block.permissions import Permission
+from tests.peers import SYSTEM_PATH, require_tool
+
+OpenDisk = Callable[..., AbstractAsyncContextManager[BlockBackend]]
+"""open_disk(description, held=Permission.ALL, shared=Permission.ALL) -> a backend while the block lasts"""
+
+
+@contextlib.asynccontextmanager
+async def opened(
+    description: str | dict[str, Any], held: Permission = Permission.ALL, shared: Permission = Permission.ALL
+) -> AsyncIterator[BlockBackend]:
+    """A user of a disk; all is closed at the end."""
+    graph = Graph()
+    try:
+        backend = BlockBackend("test")
+        graph.attach(backend, await graph.open(description), held, shared)
+        try:
+            yield backend
+        finally:
+            graph.detach(backend)
+    finally:
+        await graph.close_all()
+
+
+@pytest.fixture
+def open_disk() -> OpenDisk:
+    """Opens a disk by its description."""
+    return opened
+
+
+def mounted(folder: Path, *arguments: str) -> Iterator[Path]:
+    """A file system mounted on `folder` until the test is over; skips where that is not allowed."""
+    folder.mkdir()
+    done = subprocess.run(["mount", *arguments, str(folder)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"mount {' '.join(arguments)}: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
+    """A file system in memory with room for 1 MiB."""
+    yield from mounted(tmp_path / "tmpfs", "-t", "tmpfs", "-o", "size=1M", "none")
+
+
+@pytest.fixture
+def overlayfs(tmp_path: Path) -> Iterator[Path]:
+    """An overlay file system, as containers have: it has no RWF_NOWAIT."""
+    for name in ("lower", "upper", "work"):
+        (tmp_path / name).mkdir()
+    options = f"lowerdir={tmp_path}/lower,upperdir={tmp_path}/upper,workdir={tmp_path}/work"
+    yield from mounted(tmp_path / "overlay", "-t", "overlay", "-o", options, "none")
+
+
+@contextlib.contextmanager
+def loop_device(file: Path, *options: str) -> Iterator[Path]:
+    """A block device whose disk is a file; skips where there are none."""
+    losetup = require_tool("losetup", package="mount")
+    done = subprocess.run(
+        [losetup, "--find", "--show", *options, str(file)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PATH": SYSTEM_PATH},
+    )
+    if done.returncode:
+        pytest.skip(f"no loop device: {done.stderr.strip()}")
+    device = Path(done.stdout.strip())
+    try:
+        yield device
+    finally:
+        subprocess.run([losetup, "--detach", str(device)], check=True)
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Iterator[Path]:
+    """A block device of 16 MiB of zeroes."""
+    backing = tmp_path / "device.raw"
+    with backing.open("wb") as disk:
+        disk.truncate(16 << 20)
+    with loop_device(backing) as path:
+        yield path

@@ -1,0 +1,92 @@
+"""Threads: what runs there, comes back, and fails there."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from pynbd.storage import pool
+
+
+async def test_run_returns_from_another_thread() -> None:
+    assert await pool.run(pool.transfers, threading.get_ident) != threading.get_ident()
+
+
+async def test_run_raises_what_was_raised() -> None:
+    def fail(text: str) -> None:
+        raise OSError(5, text)
+
+    with pytest.raises(OSError, match="broken") as caught:
+        await pool.run(pool.syncs, fail, "broken")
+    assert caught.value.errno == 5
+
+
+async def test_requests_of_one_turn_share_jobs() -> None:
+    """Many requests at once need no more jobs than there are workers, and each gets its own answer."""
+    threads: list[tuple[int, int]] = []
+    batch = pool.Batch(lambda number: threads.append((number, threading.get_ident())))
+    submitted = 0
+    submit = pool.transfers.submit
+
+    def counting(*arguments: object) -> object:
+        nonlocal submitted
+        submitted += 1
+        return submit(*arguments)  # type: ignore[arg-type]  # passed on as they come
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool.transfers, "submit", counting)
+        await asyncio.gather(*(batch.run(number) for number in range(100)))
+    assert submitted == pool.WORKERS
+    assert sorted(number for number, _ in threads) == list(range(100))
+    assert threading.get_ident() not in {thread for _, thread in threads}
+
+
+async def test_one_request_failing_leaves_the_others_alone() -> None:
+    def odd(number: int) -> None:
+        if number % 2:
+            raise OSError(number, "odd")
+
+    batch = pool.Batch(odd)
+    answers = await asyncio.gather(*(batch.run(number) for number in range(20)), return_exceptions=True)
+    for number, answer in enumerate(answers):
+        assert (answer is None) == (number % 2 == 0)
+        assert answer is None or (isinstance(answer, OSError) and answer.errno == number)
+
+
+@pytest.mark.parametrize("way", ["run", "batch"])
+async def test_who_stops_waiting_does_not_stop_the_work(way: str) -> None:
+    """A request whose caller is cancelled runs to its end, and its answer disturbs nobody."""
+    may_end, ended = threading.Event(), threading.Event()
+
+    def work() -> None:
+        may_end.wait()
+        ended.set()
+
+    async def caller() -> None:
+        await (pool.run(pool.transfers, work) if way == "run" else pool.Batch(work).run())
+
+    task = asyncio.create_task(caller())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    may_end.set()
+    await pool.run(pool.syncs, ended.wait)
+    for _ in range(2 * pool.WORKERS):  # every thread has told what it had to tell before it takes another job
+        await pool.run(pool.transfers, int)
+
+
+async def test_a_job_that_outlives_its_loop_harms_nobody() -> None:
+    """A loop that is closed with work in flight (the process is ending) leaves no thread dead."""
+    may_end = threading.Event()
+
+    async def leave() -> None:
+        started: asyncio.Future[bool] = asyncio.ensure_future(pool.run(pool.transfers, may_end.wait))
+        await asyncio.sleep(0)
+        started.cancel()
+
+    await asyncio.to_thread(asyncio.run, leave())
+    may_end.set()
+    assert await pool.run(pool.transfers, int) == 0
