@@ -31,6 +31,7 @@ def pieces(offset: int, length: int, largest: int, alignment: int = 1) -> Iterat
         stop = end
         if largest and end - offset > largest:
             stop = round_down(offset + largest, alignment)
+            assert stop > offset, f"no piece of {largest} bytes can end on a multiple of {alignment}"
         yield offset, stop - offset
         offset = stop
 
