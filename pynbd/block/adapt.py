@@ -1,7 +1,7 @@
 """Drivers written outside pynbd, made to fit: plain functions run in a thread pool, trailing parameters may be
 missing, `read` may return bytes, and `serial = True` lets one call in at a time.
 
-The adapted methods are put on the instance, so the driver's class stays as its author wrote it.
+The adapted methods belong to an object of their own: a driver that calls its own methods gets them as it wrote them.
 """
 
 import asyncio
@@ -25,7 +25,10 @@ DATA_METHODS = {
 }
 """What may be adapted, and how many arguments the block layer calls it with."""
 
-LIFE_METHODS = {"open": 0, "close": 0, "block_status": 2, "allocated_size": 0, "truncate": 2}
+SHAPE_METHODS = {"block_status": 2, "truncate": 2}
+"""More of them, which a serial driver is not asked for during other calls, either."""
+
+LIFE_METHODS = {"open": 0, "close": 0, "allocated_size": 0, "info": 0}
 
 Method = Callable[..., Awaitable[Any]]
 
@@ -35,46 +38,58 @@ def is_built_in(kind: type[Driver]) -> bool:
     return kind.__module__.partition(".")[0] == "pynbd"
 
 
-def adapt(driver: Driver) -> None:
-    """Make a foreign driver's methods callable as the block layer calls them.
+class Adapted(Driver):
+    """A foreign driver as the block layer calls it: its methods made to fit, and nothing else of it."""
+
+    def __init__(self, driver: Driver) -> None:
+        super().__init__(driver.options)
+        lock = asyncio.Lock() if driver.serial else None
+        for name, arguments in (DATA_METHODS | SHAPE_METHODS | LIFE_METHODS).items():
+            method: Method = getattr(driver, name)
+            if getattr(type(driver), name) is not getattr(Driver, name):
+                method = _waited_for(_with_fewer_arguments(driver, name, arguments))
+                if name == "read":
+                    method = _filling(driver, method)
+                if lock is not None and name not in LIFE_METHODS:
+                    method = _serialised(method, lock)
+            setattr(self, name, method)
+
+
+def adapt(driver: Driver) -> Driver:
+    """What the block layer calls instead of a foreign driver.
 
     Raises:
         OptionError: a method can't be called with the arguments it gets.
     """
-    lock = asyncio.Lock() if driver.serial else None
-    for name, arguments in (DATA_METHODS | LIFE_METHODS).items():
-        if getattr(type(driver), name) is getattr(Driver, name):
-            continue
-        method = _waited_for(_with_fewer_arguments(driver, name, arguments))
-        if name == "read":
-            method = _filling(driver, method)
-        if lock is not None and name in DATA_METHODS:
-            method = _serialised(method, lock)
-        setattr(driver, name, method)
+    return Adapted(driver)
 
 
 def _with_fewer_arguments(driver: Driver, name: str, arguments: int) -> Callable[..., Any]:
     """The method, called without the trailing arguments that it does not take."""
     method: Callable[..., Any] = getattr(driver, name)
     parameters = list(inspect.signature(method).parameters.values())
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return method
+    kinds = {p.kind for p in parameters}
     taken = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
-    if taken >= arguments:
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        taken = arguments
+    takes_named = (
+        name != "truncate" or inspect.Parameter.VAR_KEYWORD in kinds or any(p.name == "exact" for p in parameters)
+    )
+    if taken >= arguments and takes_named:
         return method
-    if name in ("read", "write", "write_zeroes", "discard", "cache", "block_status") and taken < 2:
+    if taken < min(arguments, 2 if name != "truncate" else 1):
         raise OptionError(f"driver {driver.name!r}: {name}{inspect.signature(method)} takes too few arguments")
     if inspect.iscoroutinefunction(method):
 
         @functools.wraps(method)
         async def called(*given: Any, **named: Any) -> Any:
-            return await method(*given[:taken])
+            return await method(*given[:taken], **(named if takes_named else {}))
 
         return called
 
     @functools.wraps(method)
     def called_plainly(*given: Any, **named: Any) -> Any:
-        return method(*given[:taken])
+        return method(*given[:taken], **(named if takes_named else {}))
 
     return called_plainly
 
@@ -108,8 +123,8 @@ def _filling(driver: Driver, method: Method) -> Method:
 
 
 def _serialised(method: Method, lock: asyncio.Lock) -> Method:
-    async def one_at_a_time(*given: Any) -> Any:
+    async def one_at_a_time(*given: Any, **named: Any) -> Any:
         async with lock:
-            return await method(*given)
+            return await method(*given, **named)
 
     return one_at_a_time

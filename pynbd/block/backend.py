@@ -7,7 +7,7 @@ entered is never cancelled: whoever waits for it may go away, it runs to its end
 
 import asyncio
 import errno
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from enum import Enum
 from time import perf_counter_ns
 from typing import TypeVar
@@ -129,15 +129,22 @@ class BlockBackend:
         for tell in list(self.on_resize):
             tell(edge.node.size)
 
-    async def below_drained(self, edge: Child) -> None:
-        """Start nothing new, and come back when nothing is in flight."""
+    def users(self) -> Iterable["BlockBackend"]:
+        """Itself: its requests come from outside of the graph."""
+        return (self,)
+
+    def begin_drain(self) -> None:
+        """Start nothing new until as many `end_drain` have come."""
         self._drains += 1
         self._bind()
+
+    async def idle(self) -> None:
+        """Wait until nothing is in flight."""
         while self.in_flight:
             self._idle.clear()
             await self._idle.wait()
 
-    def below_resumed(self, edge: Child) -> None:
+    def end_drain(self) -> None:
         """Let parked requests go on, if this was the last drain."""
         self._drains -= 1
         self._wake()

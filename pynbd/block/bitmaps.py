@@ -46,10 +46,14 @@ class DirtyBitmap:
         self._bits = bytearray()
         self.resize(size)
 
+    def can_cover(self, size: int) -> bool:
+        """Whether a disk of that many bytes is within the limit of its memory."""
+        return -(-size // self.granularity) <= MAX_BITMAP_BYTES * 8
+
     def resize(self, size: int) -> None:
         """Follow the disk to another size; what is added is clean, what is cut off is forgotten."""
         blocks = -(-size // self.granularity)
-        if blocks > MAX_BITMAP_BYTES * 8:
+        if not self.can_cover(size):
             raise BlockError(
                 f"bitmap {self.name!r}: {size} bytes at granularity {self.granularity} need too much memory"
             )

@@ -1,6 +1,6 @@
 """`Child`: an edge of the graph, and `DataPath`: what requests that travel along it call."""
 
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pynbd.block.driver import Location
@@ -38,11 +38,21 @@ class Parent(Protocol):
     def below_resized(self, edge: "Child") -> None:
         """The node below has another size."""
 
-    def below_drained(self, edge: "Child") -> Awaitable[None]:
-        """Start nothing new through this edge, and come back when nothing is in flight."""
+    def users(self) -> Iterable["User"]:
+        """Everybody whose requests come through this parent: itself, or those above it."""
 
-    def below_resumed(self, edge: "Child") -> None:
-        """The opposite of `below_drained`, which may be nested."""
+
+class User(Protocol):
+    """Where requests enter the graph; see `drain.drained`."""
+
+    def begin_drain(self) -> None:
+        """Start nothing new until as many `end_drain` have come."""
+
+    async def idle(self) -> None:
+        """Wait until nothing is in flight."""
+
+    def end_drain(self) -> None:
+        """The opposite of `begin_drain`."""
 
 
 class Child:
@@ -56,11 +66,12 @@ class Child:
     """
 
     __slots__ = (
+        "_held",
         "cache",
         "discard",
         "flush",
-        "held",
         "locate",
+        "may_write",
         "name",
         "node",
         "parent",
@@ -79,6 +90,17 @@ class Child:
         self.held = Permission.NONE
         self.shared = Permission.ALL
         self.bind()
+
+    @property
+    def held(self) -> Permission:
+        """What the parent may do to the node."""
+        return self._held
+
+    @held.setter
+    def held(self, held: Permission) -> None:
+        self._held = held
+        # Asked for every write, where looking into a flag would cost as much as the write.
+        self.may_write = Permission.WRITE in held
 
     def bind(self) -> None:
         """Take the data path of the node below."""

@@ -4,9 +4,8 @@ A change of the graph is checked as a whole and then made or dropped, inside a d
 flight in the part that changes.
 """
 
-import contextlib
 import logging
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
@@ -16,6 +15,7 @@ from pynbd.block import probing, registry
 from pynbd.block.adapt import adapt, is_built_in
 from pynbd.block.backend import BlockBackend
 from pynbd.block.child import Child
+from pynbd.block.drain import downwards, drained, join_sections
 from pynbd.block.driver import Driver
 from pynbd.block.errors import BlockError, OptionError, PermissionConflict
 from pynbd.block.limits import Limits
@@ -241,25 +241,21 @@ class Graph:
             node.children[name] = edge
         try:
             if not is_built_in(plan.kind):
-                adapt(driver)
+                node.calls = adapt(driver)
             self.update_permissions([node])
             for name in children:
                 driver.child_resized(name)
             node.relink()
-            await driver.open()
+            await node.calls.open()
         except BaseException:
             self._cut_children(node)
             raise
         if driver.size < 0:
-            await driver.close()
+            await node.calls.close()
             self._cut_children(node)
             raise BlockError(f"{node.name}: driver {driver.name} has a negative size ({driver.size})")
-        node.opened = True
         self.nodes[node.name] = node
-        if driver.limits.request_alignment > 1:
-            node.needs_tracking(on=True)
-        else:
-            node.relink()
+        node.start()
         return node
 
     def _cut_children(self, node: Node) -> None:
@@ -288,7 +284,7 @@ class Graph:
             node.opened = False
             below = [edge.node for edge in node.children.values()]
             try:
-                await node.driver.close()
+                await node.calls.close()
             finally:
                 self.nodes.pop(node.name, None)
                 self._cut_children(node)
@@ -341,6 +337,7 @@ class Graph:
         except BaseException:
             backend.detach()
             raise
+        join_sections(node, [backend])
 
     def detach(self, backend: BlockBackend) -> None:
         """Take a user's node away. Nothing of it may be in flight."""
@@ -406,28 +403,11 @@ class Graph:
                 before.parents.append(edge)
                 edge.node = before
                 raise
+            join_sections(node, edge.parent.users())
             edge.bind()
             edge.parent.below_changed(edge)
             if node.size != before.size:
                 edge.parent.below_resized(edge)
-
-
-@contextlib.asynccontextmanager
-async def drained(node: Node) -> AsyncIterator[None]:
-    """A section in which nothing is in flight at a node: everybody above starts nothing new until it ends.
-
-    May be nested. Must not be entered from within a request on that node.
-    """
-    edges = list(node.parents)
-    entered: list[Child] = []
-    try:
-        for edge in edges:
-            entered.append(edge)
-            await edge.parent.below_drained(edge)
-        yield
-    finally:
-        for edge in entered:
-            edge.parent.below_resumed(edge)
 
 
 def own_child_names(tree: Mapping[str, Any], kind: type[Driver], path: str) -> Mapping[str, Any]:
@@ -448,23 +428,6 @@ def own_child_names(tree: Mapping[str, Any], kind: type[Driver], path: str) -> M
 def field_names(kind: type[msgspec.Struct]) -> list[str]:
     """The names of a struct's options, as they are written."""
     return [field.encode_name for field in msgspec.structs.fields(kind)]
-
-
-def downwards(nodes: Iterable[Node]) -> list[Node]:
-    """These nodes and all below them, each before its children."""
-    order: list[Node] = []
-    seen: set[Node] = set()
-
-    def visit(node: Node) -> None:
-        if node not in seen:
-            seen.add(node)
-            for edge in node.children.values():
-                visit(edge.node)
-            order.append(node)
-
-    for node in nodes:
-        visit(node)
-    return order[::-1]
 
 
 def chain_depth(node: Node) -> int:

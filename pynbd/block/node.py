@@ -7,25 +7,28 @@ What a node does not need, its requests do not pay for: see `relink`.
 """
 
 import asyncio
+import contextlib
 import errno
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from pynbd.block import status
 from pynbd.block.alignment import BOUNCE_BYTES, aligned_buffer, pieces, round_down, round_up, split_by_alignment
 from pynbd.block.child import Child, DataPath
 from pynbd.block.driver import Driver, Filter, ImageInfo, Location, Preallocation
 from pynbd.block.errors import io_error
-from pynbd.block.extents import ChainExtent, Extent, Status
-from pynbd.block.options import NodeOptions
+from pynbd.block.extents import ChainExtent, Extent
+from pynbd.block.options import MAX_SIZE_BYTES, NodeOptions
 from pynbd.block.permissions import Permission
 from pynbd.block.requests import RequestFlag, RequestTracker
 
 if TYPE_CHECKING:
     from pynbd.block.bitmaps import DirtyBitmap
+    from pynbd.block.child import User
+    from pynbd.block.drain import DrainedSection
 
-MAX_STATUS_EXTENTS = 4096
-"""Extents that one walk through a chain collects before it stops early."""
+MAX_STATUS_EXTENTS = status.MAX_STATUS_EXTENTS
 
 ZEROES = bytes(BOUNCE_BYTES)
 
@@ -33,6 +36,8 @@ FUA = int(RequestFlag.FUA)
 MAY_UNMAP = int(RequestFlag.MAY_UNMAP)
 NO_FALLBACK = int(RequestFlag.NO_FALLBACK)
 SERIALISING = int(RequestFlag.SERIALISING)
+
+UNSUPPORTED = (errno.ENOTSUP, errno.EOPNOTSUPP)
 
 _numbers = itertools.count()
 
@@ -43,13 +48,13 @@ def nowhere(offset: int, length: int) -> Location | None:
 
 
 class WriteGuard(Protocol):
-    """Looks at every write to the first `length` bytes of a node before it is made."""
+    """Looks at every change of the first `length` bytes of a node before it is made."""
 
     length: int
     lock: asyncio.Lock
 
     async def check(self, offset: int, data: memoryview) -> None:
-        """Let the write pass, or raise the `OSError` that it is answered with."""
+        """Let the write pass, or raise the `OSError` that it is answered with; `lock` is held until it is made."""
 
 
 class Node:
@@ -62,6 +67,8 @@ class Node:
 
     def __init__(self, driver: Driver, options: NodeOptions) -> None:
         self.driver = driver
+        self.calls = driver
+        """Whose methods the layer calls: the driver itself, or what fits a driver from outside to its calls."""
         self.options = options
         self.name = options.node_name or f"#{driver.name}{next(_numbers)}"
         self.read_only = options.read_only
@@ -71,12 +78,18 @@ class Node:
         self.write_highest_offset = 0
         self.write_guard: WriteGuard | None = None
         self.opened = False
+        self.drained_sections: list[DrainedSection] = []
+        self.growable = driver.growable
+        """Whether it may be written past its end: it grows, or the child below a filter does."""
+        self._told_size = 0
         self._discards = options.discard in ("unmap", "on")
         self._tracker: RequestTracker | None = None
         self._tracking_users = 0
         self._generation = 0
         self._flushed_generation = -1
         self._flush: asyncio.Future[None] | None = None
+        self._flushes_begun = 0
+        self._newest_good_flush = 0
         driver.node = self
         self.path = self._own_path()
 
@@ -107,56 +120,51 @@ class Node:
         """
         for child in self.children.values():
             child.bind()
-        driver, own = self.driver, self._own_path()
+        own, passed = self._own_path(), set[str]()
+        self.growable = self.driver.growable
         if "file" in self.children:
-            below = self.children["file"].node.path
+            below = self.children["file"].node
             passed = {name for name in DataPath._fields if self._left_out_of(name)}
-            own = DataPath(*(getattr(below if name in passed else own, name) for name in DataPath._fields))
-        self._merges_flushes = own.write == self._write
-        if own.read == self._read and self._reads_need_no_help():
-            own = own._replace(read=driver.read)
+            own = DataPath(*(getattr(below.path if name in passed else own, name) for name in DataPath._fields))
+            self.growable = self.growable or (self.is_filter and below.growable)
+        self._counts_writes = "write" not in passed
         self.path = own
         for edge in self.parents:
             edge.bind()
             edge.parent.below_changed(edge)
 
     def _own_path(self) -> DataPath:
-        self._merges_flushes = True
+        self._counts_writes = True
+        driver, limits = self.driver, self.driver.limits
+        plain = self._tracker is None and limits.request_alignment == 1 and limits.max_transfer == 0
+        unwatched = self.write_guard is None and self.options.detect_zeroes == "off"
         return DataPath(
-            read=self._read,
-            write=self._write,
+            read=self.calls.read if plain and driver.zero_past_end else self._read,
+            write=self._write_plain if plain and unwatched else self._write,
             write_zeroes=self._write_zeroes,
             discard=self._discard,
-            cache=self.driver.cache,
+            cache=self.calls.cache,
             flush=self.flush,
-            locate=self.driver.locate if type(self.driver).locate is not Driver.locate else nowhere,
+            locate=driver.locate if type(driver).locate is not Driver.locate else nowhere,
         )
 
     def _left_out_of(self, request: str) -> bool:
         """Whether requests of this kind may go straight to the child `file`."""
         driver = self.driver
         if request == "flush":
-            return driver.passes("flush_to_os") and driver.passes("flush_to_disk")
+            own_steps = not (driver.passes("flush_to_os") and driver.passes("flush_to_disk"))
+            return not own_steps and len(self.children) == 1
         if not driver.passes(request):
             return False
         if request in ("read", "cache", "locate"):
             return self._tracker is None or request == "locate"
-        # All kinds of writes stay together, or leave together: they share bitmaps, tracking and policy.
+        # What one kind of write needs the node for, the others need it for too: bitmaps, tracking and policy.
         return (
             self._tracker is None
             and not self.bitmaps
             and self.write_guard is None
             and self.options.detect_zeroes == "off"
             and (request == "write" or self._discards)
-        )
-
-    def _reads_need_no_help(self) -> bool:
-        limits = self.driver.limits
-        return (
-            self._tracker is None
-            and self.driver.zero_past_end
-            and limits.request_alignment == 1
-            and limits.max_transfer == 0
         )
 
     def below_changed(self, edge: Child) -> None:
@@ -184,19 +192,35 @@ class Node:
             await self._read_bounced(offset, into, flags)
             return
         for start, length in pieces(offset, len(into), limits.max_transfer, alignment):
-            await self.driver.read(start, into[start - offset : start - offset + length], flags)
+            await self.calls.read(start, into[start - offset : start - offset + length], flags)
 
     async def _read_bounced(self, offset: int, into: memoryview, flags: int) -> None:
-        alignment = self.driver.limits.request_alignment
-        largest = max(min(BOUNCE_BYTES, self.driver.limits.max_transfer or BOUNCE_BYTES), alignment)
+        limits = self.driver.limits
+        alignment = limits.request_alignment
+        largest = max(round_down(min(BOUNCE_BYTES, limits.max_transfer or BOUNCE_BYTES), alignment), alignment)
         start, end = round_down(offset, alignment), offset + len(into)
-        bounce = aligned_buffer(min(largest, round_up(end, alignment) - start), self.driver.limits.memory_alignment)
+        bounce = aligned_buffer(min(largest, round_up(end, alignment) - start), limits.memory_alignment)
         while start < end:
             length = min(len(bounce), round_up(end, alignment) - start)
-            await self.driver.read(start, bounce[:length], flags)
+            await self.calls.read(start, bounce[:length], flags)
             first, last = max(start, offset), min(start + length, end)
             into[first - offset : last - offset] = bounce[first - start : last - start]
             start += length
+
+    async def _write_plain(self, offset: int, data: memoryview, flags: int) -> None:
+        """`_write` of a node whose driver takes any request as it comes, and whose writes nobody looks at."""
+        if flags & FUA:
+            await self._write(offset, data, flags)
+            return
+        end = offset + len(data)
+        if self.read_only or end > self.driver.size:
+            self._check_writable(offset, len(data))
+        try:
+            await self.calls.write(offset, data, flags)
+        finally:
+            self._generation += 1
+            if end > self.write_highest_offset or end > self._told_size or self.bitmaps:
+                self._written(offset, len(data))
 
     async def _write(self, offset: int, data: memoryview, flags: int) -> None:
         self._check_writable(offset, len(data))
@@ -211,8 +235,11 @@ class Node:
         length = len(data)
         if self.options.detect_zeroes != "off" and length and is_zero(data):
             unmap = MAY_UNMAP if self.options.detect_zeroes == "unmap" else 0
-            await self._write_zeroes(offset, length, flags | unmap)
+            await self._zero_checked(offset, length, flags | unmap)
             return
+        flush_after = flags & FUA and not self._is_durable("write")
+        if flush_after:
+            flags &= ~FUA
         try:
             if self._tracker is None:
                 await self._write_pieces(offset, data, flags)
@@ -221,8 +248,14 @@ class Node:
         finally:
             # Also after a failure: some of it may have reached the disk.
             self._written(offset, length)
-        if flags & FUA and not self.driver.write_flags & FUA:
+        if flush_after:
             await self.path.flush()
+
+    def _is_durable(self, request: str) -> bool:
+        """Whether the driver answers a write with FUA (`write` or `write_zeroes`) only when it is durable."""
+        driver = self.driver
+        known = driver.write_flags if request == "write" else driver.write_flags & driver.write_zeroes_flags
+        return bool(known & FUA) or (self.is_filter and driver.passes("write") and driver.passes(request))
 
     async def _write_tracked(self, offset: int, data: memoryview, flags: int) -> None:
         assert self._tracker is not None
@@ -230,6 +263,7 @@ class Node:
         start, end = round_down(offset, alignment), round_up(offset + len(data), alignment)
         unaligned = (start, end) != (offset, offset + len(data))
         async with self._tracker.track(start, end - start, serialising=unaligned or bool(flags & SERIALISING)):
+            self._check_writable(offset, len(data))  # a resize may have come first
             head, middle, tail = split_by_alignment(offset, len(data), alignment)
             if head:
                 await self._modify_block(offset, data[:head], flags, "head")
@@ -241,113 +275,132 @@ class Node:
     async def _write_pieces(self, offset: int, data: memoryview, flags: int) -> None:
         limits = self.driver.limits
         if not limits.max_transfer or len(data) <= limits.max_transfer:
-            await self.driver.write(offset, data, flags)
+            await self.calls.write(offset, data, flags)
             return
         for start, length in pieces(offset, len(data), limits.max_transfer, limits.request_alignment):
-            await self.driver.write(start, data[start - offset : start - offset + length], flags)
+            await self.calls.write(start, data[start - offset : start - offset + length], flags)
 
     async def _modify_block(self, offset: int, data: memoryview, flags: int, end: str) -> None:
         """Read, modify and write the one block that `data` lies in; it is the `head` or the `tail` of a request."""
         limits = self.driver.limits
         start = round_down(offset, limits.request_alignment)
         block = aligned_buffer(limits.request_alignment, limits.memory_alignment)
-        self.driver.debug_event(f"pwritev_rmw_{end}")
-        await self.driver.read(start, block, 0)
-        self.driver.debug_event(f"pwritev_rmw_after_{end}")
+        if start < self.driver.size:
+            self.driver.debug_event(f"pwritev_rmw_{end}")
+            await self.calls.read(start, block, 0)
+            self.driver.debug_event(f"pwritev_rmw_after_{end}")
         block[offset - start : offset - start + len(data)] = data
-        await self.driver.write(start, block, flags)
+        await self.calls.write(start, block, flags)
 
     async def _write_zeroes(self, offset: int, length: int, flags: int) -> None:
         self._check_writable(offset, length)
+        guard = self.write_guard
+        if guard is not None and offset < guard.length:
+            async with guard.lock:
+                await guard.check(offset, memoryview(bytes(min(length, guard.length - offset))))
+                await self._zero_checked(offset, length, flags)
+            return
+        await self._zero_checked(offset, length, flags)
+
+    async def _zero_checked(self, offset: int, length: int, flags: int) -> None:
         if flags & MAY_UNMAP and not self._discards:
             flags &= ~MAY_UNMAP
-        limits = self.driver.limits
+        flush_after = flags & FUA and not self._is_durable("write_zeroes")
+        if flush_after:
+            flags &= ~FUA
+        alignment = self.driver.limits.request_alignment
         try:
             if self._tracker is None:
                 await self._zero_pieces(offset, length, flags)
             else:
-                unaligned = (offset | length) & (limits.request_alignment - 1)
-                start = round_down(offset, limits.request_alignment)
-                end = round_up(offset + length, limits.request_alignment)
+                unaligned = (offset | length) & (alignment - 1)
+                start, end = round_down(offset, alignment), round_up(offset + length, alignment)
                 serialising = bool(unaligned) or bool(flags & SERIALISING)
                 async with self._tracker.track(start, end - start, serialising=serialising):
+                    self._check_writable(offset, length)  # a resize may have come first
                     await self._zero_pieces(offset, length, flags)
         finally:
             self._written(offset, length)
-        if flags & FUA and not self.driver.write_zeroes_flags & FUA:
+        if flush_after:
             await self.path.flush()
 
     async def _zero_pieces(self, offset: int, length: int, flags: int) -> None:
         """The aligned middle by the driver's own means, the rest (or all) as data."""
         limits = self.driver.limits
-        alignment = max(limits.write_zeroes_alignment, limits.request_alignment)
-        head, middle, tail = split_by_alignment(offset, length, alignment)
+        unit = limits.write_zeroes_unit
+        head, middle, tail = split_by_alignment(offset, length, unit)
         if flags & NO_FALLBACK and (head or tail):
             raise io_error(errno.ENOTSUP, self.name, f"zeroes at {offset} for {length} bytes are not quick")
         done = 0
-        for start, size in pieces(offset + head, middle, limits.max_write_zeroes, alignment):
+        for start, size in pieces(offset + head, middle, limits.max_write_zeroes, unit):
             try:
-                await self.driver.write_zeroes(start, size, flags)
+                await self.calls.write_zeroes(start, size, flags)
             except OSError as problem:
-                if problem.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP) or flags & NO_FALLBACK:
+                if problem.errno not in UNSUPPORTED or flags & NO_FALLBACK:
                     raise
                 break
             done += size
         for start, size in ((offset, head), (offset + head + done, middle - done), (offset + head + middle, tail)):
-            await self._zeroes_as_data(start, size, flags)
+            await self._zeroes_as_data(start, size, flags & FUA)
 
     async def _zeroes_as_data(self, offset: int, length: int, flags: int) -> None:
         alignment = self.driver.limits.request_alignment
-        zeroes = memoryview(ZEROES)
-        kept = flags & (FUA if self.driver.write_flags & FUA else 0)
-        for start, size in pieces(offset, length, BOUNCE_BYTES, alignment):
+        largest = max(BOUNCE_BYTES, alignment)
+        zeroes = memoryview(ZEROES if largest == BOUNCE_BYTES else bytes(min(largest, length)))
+        for start, size in pieces(offset, length, largest, alignment):
             head, middle, tail = split_by_alignment(start, size, alignment)
             if head:
-                await self._modify_block(start, zeroes[:head], kept, "head")
+                await self._modify_block(start, zeroes[:head], flags, "head")
             if middle:
-                await self._write_pieces(start + head, zeroes[:middle], kept)
+                await self._write_pieces(start + head, zeroes[:middle], flags)
             if tail:
-                await self._modify_block(start + head + middle, zeroes[:tail], kept, "tail")
+                await self._modify_block(start + head + middle, zeroes[:tail], flags, "tail")
 
     async def _discard(self, offset: int, length: int) -> None:
         if self.read_only:
             raise io_error(errno.EROFS, self.name, "discard on a read-only node")
         if not self._discards:
             return
+        end = min(offset + length, self.size)
+        if self.write_guard is not None:
+            # Zeroes, or whatever lay there earlier, could complete a mark; a hint need not be followed.
+            offset = max(offset, self.write_guard.length)
         limits = self.driver.limits
-        alignment = max(limits.discard_alignment, limits.request_alignment)
-        # A hint: blocks that are needed in part stay.
-        start, end = round_up(offset, alignment), round_down(offset + length, alignment)
-        if offset + length >= self.size and limits.request_alignment == 1:
-            end = offset + length
+        unit = limits.discard_unit
+        # Blocks that are needed in part stay, but behind the end of the disk nothing is needed.
+        start = round_up(offset, unit)
+        stop = round_up(end, limits.request_alignment) if end == self.size else round_down(end, unit)
+        if start >= stop:
+            return
         try:
-            for first, size in pieces(start, max(end - start, 0), limits.max_discard, alignment):
+            for first, size in pieces(start, stop - start, limits.max_discard, unit):
                 await self._discard_tracked(first, size)
         except OSError as problem:
-            if problem.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP):
+            if problem.errno not in UNSUPPORTED:
                 raise
         finally:
-            self._written(offset, length)
+            self._written(start, stop - start)
 
     async def _discard_tracked(self, offset: int, length: int) -> None:
         if self._tracker is None:
-            await self.driver.discard(offset, length)
+            await self.calls.discard(offset, length)
             return
         async with self._tracker.track(offset, length):
-            await self.driver.discard(offset, length)
+            await self.calls.discard(offset, length)
 
     def _check_writable(self, offset: int, length: int) -> None:
         if self.read_only:
             raise io_error(errno.EROFS, self.name, "write to a read-only node")
-        if offset + length > self.driver.size and not self.driver.growable:
+        if offset + length > self.driver.size and not self.growable:
             raise io_error(errno.ENOSPC, self.name, f"write at {offset} for {length} bytes, size {self.driver.size}")
 
     def _written(self, offset: int, length: int) -> None:
         """Bookkeeping of everything that may have changed bytes, before it is answered."""
         self._generation += 1
-        end = offset + length
-        if end > self.write_highest_offset:
-            self.write_highest_offset = end
+        if self.driver.size != self._told_size:
+            self.resized()
+        if offset + length > self.write_highest_offset:
+            self.write_highest_offset = offset + length
         for bitmap in self.bitmaps.values():
             bitmap.mark(offset, length)
 
@@ -357,29 +410,30 @@ class Node:
         """Make everything that was written and answered durable, here and below.
 
         Flushes are merged: one that finds everything flushed since the last write does nothing at this node, and one
-        that finds another at work waits and looks again.
+        that finds another at work waits, and is content with any that begins after it.
 
         Raises:
             OSError: something below could not be made durable; it still counts as not flushed.
         """
-        wanted = self._generation
+        wanted, earlier = self._generation, self._flushes_begun
         while self._flush is not None:
             await asyncio.shield(self._flush)
-            if self._merges_flushes and self._flushed_generation >= wanted:
+            if self._newest_good_flush > earlier:
                 return
-        if self._merges_flushes and self._flushed_generation >= wanted:
+        if self._counts_writes and self._flushed_generation >= wanted:
             await self._flush_children()
             return
         self._flush = asyncio.get_running_loop().create_future()
-        generation = self._generation
+        self._flushes_begun += 1
+        number, generation = self._flushes_begun, self._generation
         try:
             self._announce("flush_to_os")
-            await self.driver.flush_to_os()
+            await self.calls.flush_to_os()
             if not self.options.cache.no_flush:
                 self._announce("flush_to_disk")
-                await self.driver.flush_to_disk()
-                await self._flush_children()
-            self._flushed_generation = generation
+                await self.calls.flush_to_disk()
+            await self._flush_children()
+            self._flushed_generation, self._newest_good_flush = generation, number
         finally:
             self._flush.set_result(None)
             self._flush = None
@@ -416,46 +470,12 @@ class Node:
     # --- what lies where ----------------------------------------------------------------------------------
 
     async def layer_status(self, offset: int, length: int) -> Sequence[Extent]:
-        """What this layer holds in a range; see `Driver.block_status`. Never empty for a length over 0."""
-        inside = self.size - offset
-        if inside <= 0:
-            # A short image decides what is read past its end: zeroes, whatever lies below it.
-            return (Extent(length, Status.ZERO | Status.ALLOCATED),)
-        found: list[Extent] = []
-        rest = min(length, inside)
-        for extent in await self.driver.block_status(offset, rest):
-            if rest <= 0 or len(found) >= MAX_STATUS_EXTENTS:
-                break
-            extent = extent.cut(rest)
-            rest -= extent.length
-            if extent.status & Status.RECURSE and extent.where is not None:
-                found.extend(await self._refined(extent))
-            else:
-                found.append(extent)
-        assert found, f"{self.name}: driver {self.driver.name} returned no extent"
-        return found
-
-    async def _refined(self, extent: Extent) -> Sequence[Extent]:
-        """An extent whose bytes lie in a child, split where the child knows of holes."""
-        assert extent.where is not None
-        refined: list[Extent] = []
-        rest, start = extent.length, extent.host_offset
-        while rest and len(refined) < MAX_STATUS_EXTENTS:
-            for below in await extent.where.layer_status(start, rest):
-                zero = below.status & Status.ZERO
-                status = extent.status & ~Status.RECURSE | zero
-                where = (extent.where, start) if below.where is None else (below.where, below.host_offset)
-                refined.append(Extent(below.length, status, *where))
-                rest -= below.length
-                start += below.length
-        return refined
+        """What this layer holds in a range; see `status.layer_status`. Never empty for a length over 0."""
+        return await status.layer_status(self, offset, length)
 
     def backing(self) -> "Node | None":
-        """The image below this one in its chain, filters passed over."""
-        node = self
-        while node.is_filter:
-            node = node.children["file"].node
-        child = node.children.get("backing")
+        """What lies below this image in its chain, filters above the image passed over."""
+        child = status.without_filters(self).children.get("backing")
         return child.node if child is not None else None
 
     async def block_status(self, offset: int, length: int, base: "Node | None" = None) -> list[ChainExtent]:
@@ -464,7 +484,7 @@ class Node:
         Returns:
             extents from `offset` on, at least one for a length over 0; they may stop before the end of the range.
         """
-        return await chain_status(self, offset, length, base, depth=1)
+        return await status.chain_status(self, offset, length, base, depth=1)
 
     # --- size and shape -----------------------------------------------------------------------------------
 
@@ -478,16 +498,36 @@ class Node:
         """
         if self.read_only:
             raise io_error(errno.EROFS, self.name, "resize of a read-only node")
-        before = self.size
-        try:
-            await self.driver.truncate(size, preallocation, exact=exact)
-        finally:
-            self._generation += 1
-            if self.size != before:
-                self.resized()
+        if not 0 <= size <= MAX_SIZE_BYTES or not all(bitmap.can_cover(size) for bitmap in self.bitmaps.values()):
+            raise io_error(errno.EFBIG, self.name, f"resize to {size} bytes")
+        async with contextlib.AsyncExitStack() as held:
+            if self.write_guard is not None and self.size < self.write_guard.length:
+                await held.enter_async_context(self.write_guard.lock)
+                await self.write_guard.check(self.size, memoryview(bytes(self.write_guard.length)))
+            if self._tracker is not None:
+                # Blocks that are being modified must not be written back behind the new end.
+                start = round_down(min(size, self.size), self.driver.limits.request_alignment)
+                tracked = self._tracker.track(start, MAX_SIZE_BYTES, serialising=True)
+                await held.enter_async_context(tracked)
+            try:
+                await self.calls.truncate(size, preallocation, exact=exact)
+            finally:
+                self._generation += 1
+                if self.size != self._told_size:
+                    self.resized()
+
+    def start(self) -> None:
+        """The driver has opened: begin to serve."""
+        self.opened = True
+        self._told_size = self.size
+        if self.driver.limits.request_alignment > 1:
+            self.needs_tracking(on=True)
+        else:
+            self.relink()
 
     def resized(self) -> None:
         """The driver's `size` is another: tell everybody above."""
+        self._told_size = self.size
         for bitmap in self.bitmaps.values():
             bitmap.resize(self.size)
         for edge in self.parents:
@@ -495,28 +535,22 @@ class Node:
 
     def below_resized(self, edge: Child) -> None:
         """A child has another size."""
-        before = self.size
         self.driver.child_resized(edge.name)
-        if self.opened and self.size != before:
+        if self.opened and self.size != self._told_size:
             self.resized()
 
-    async def below_drained(self, edge: Child) -> None:
-        """Pass a drain on to everybody above."""
-        for parent in list(self.parents):
-            await parent.parent.below_drained(parent)
-
-    def below_resumed(self, edge: Child) -> None:
-        """Pass the end of a drain on to everybody above."""
-        for parent in list(self.parents):
-            parent.parent.below_resumed(parent)
+    def users(self) -> Iterator["User"]:
+        """Everybody who sends requests to this node, straight or through nodes above; some may come twice."""
+        for edge in self.parents:
+            yield from edge.parent.users()
 
     async def allocated_size(self) -> int | None:
         """Bytes used on the host by this node and the files below it (not its backing chain)."""
-        return await self.driver.allocated_size()
+        return await self.calls.allocated_size()
 
     async def info(self) -> ImageInfo:
         """What is worth telling beyond the size."""
-        return await self.driver.info()
+        return await self.calls.info()
 
     def filename(self) -> str:
         """The name of the storage under this node, for people; "" if it has none."""
@@ -540,24 +574,3 @@ def is_zero(data: memoryview) -> bool:
     if data[0]:
         return False
     return all(bytes(data[start : start + size]) == ZEROES[:size] for start, size in pieces(0, len(data), 1 << 16))
-
-
-async def chain_status(node: Node, offset: int, length: int, base: Node | None, depth: int) -> list[ChainExtent]:
-    """`Node.block_status` of a node that is the image number `depth` of its chain."""
-    result: list[ChainExtent] = []
-    backing = node.backing()
-    for extent in await node.layer_status(offset, length):
-        if extent.status & Status.ALLOCATED:
-            result.append(ChainExtent(extent.length, extent.status, depth, extent.where, extent.host_offset))
-        elif backing is None or backing is base:
-            zero = Status.ZERO if backing is None else Status.NONE
-            result.append(ChainExtent(extent.length, extent.status | zero, 0))
-        else:
-            below = await chain_status(backing, offset, extent.length, base, depth + 1)
-            result.extend(below)
-            if sum(found.length for found in below) < extent.length:
-                break
-        offset += extent.length
-        if len(result) >= MAX_STATUS_EXTENTS:
-            break
-    return result

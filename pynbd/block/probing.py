@@ -79,7 +79,10 @@ async def read_head(node: Node) -> bytes:
 
 
 class ProbedRawGuard:
-    """Refuses writes that would make a disk that was probed as raw look like another format."""
+    """Refuses changes that would make a disk that was probed as raw look like another format.
+
+    Zeroes complete a mark as well as written bytes do (`QED` and a zero), and so does growing.
+    """
 
     length = PROBE_BYTES
 
@@ -90,8 +93,9 @@ class ProbedRawGuard:
 
     async def check(self, offset: int, data: memoryview) -> None:
         """Let the write pass, or raise `EPERM`."""
-        head = bytearray(await read_head(self.node))
-        end = min(offset + len(data), len(head))
+        # What lies behind the end of a small disk may become zeroes when it grows.
+        head = bytearray((await read_head(self.node)).ljust(PROBE_BYTES, b"\0"))
+        end = min(offset + len(data), PROBE_BYTES)
         head[offset:end] = data[: end - offset]
         found = signature_of(bytes(head))
         if found is not None:
