@@ -38,5 +38,5 @@ def complete(verb: str, work: Coroutine[Any, Any, int]) -> int:
     except (OSError, BlockError) as problem:
         print(f"pynbd {verb}: {told(problem)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         return INTERRUPTED

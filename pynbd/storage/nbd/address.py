@@ -82,6 +82,16 @@ def parse_name(name: str) -> dict[str, Any]:
     return {"server": {"type": "inet", "host": uri.host, "port": uri.port}, "export": uri.export}
 
 
+def server_and_export(name: str) -> tuple[ServerAddress, str]:
+    """What `parse_name` gives, for those who only want to talk to the server.
+
+    Raises:
+        OptionError: as `parse_name`.
+    """
+    place = parse_name(name)
+    return msgspec.convert(place["server"], ServerAddress), place["export"]
+
+
 def _parse_legacy(name: str) -> dict[str, Any]:
     parts = _LEGACY.fullmatch(name)
     if parts is None:

@@ -22,13 +22,13 @@ from nbd_protocol.constants import (
 )
 from nbd_protocol.negotiation_events import Established
 from pynbd.block import errors
-from pynbd.block.alignment import round_down, round_up
+from pynbd.block.alignment import round_down
 from pynbd.block.driver import Driver, ImageInfo, Preallocation
 from pynbd.block.extents import Extent, Status
 from pynbd.block.limits import Limits
-from pynbd.block.node import MAX_STATUS_EXTENTS
 from pynbd.block.options import NodeOptions
 from pynbd.block.requests import RequestFlag
+from pynbd.block.status import MAX_STATUS_EXTENTS
 from pynbd.storage.nbd.address import TLS_MISSING, Port, ServerAddress, parse_name
 from pynbd.storage.nbd.connection import Connection, Lost, Request
 from pynbd.storage.nbd.durability import Durability
@@ -125,7 +125,6 @@ class Nbd(Driver):
         self._first: Link
         self._established: Established | None = None
         self._flags = TransmissionFlag(0)
-        self._min_block = 1
         self._max_status = 0
 
     @classmethod
@@ -134,6 +133,9 @@ class Nbd(Driver):
 
     def filename(self) -> str:
         return str(self._address.uri(self.options.export))
+
+    def _described(self) -> str:
+        return f"{self.node.name} ({self.filename()})"
 
     # --- life ----------------------------------------------------------------------------------------------
 
@@ -148,7 +150,7 @@ class Nbd(Driver):
             raise
 
     async def _open_link(self, timeout_s: int) -> Link:
-        link = Link(self.node.name, self._dial, self._durability, self.options.reconnect_delay)
+        link = Link(self._described(), self._dial, self._durability, self.options.reconnect_delay)
         self._links.append(link)
         await link.open(timeout_s)
         return link
@@ -171,7 +173,7 @@ class Nbd(Driver):
                 connected.close()
                 raise
             return Connection(
-                self.node.name,
+                self._described(),
                 connected,
                 established,
                 handshake.negotiation.trailing_data,
@@ -193,7 +195,6 @@ class Nbd(Driver):
             self.node.read_only = True
         extended = established.mode is ReplyMode.EXTENDED
         longest_effect = 0 if extended else MAX_EFFECT_BYTES
-        self._min_block = info.min_block
         self._max_status = (1 << 63) - 1 if extended else round_down(MAX_LENGTH_32, info.min_block)
         self._flags = flags
         self.size = info.size
@@ -314,23 +315,12 @@ class Nbd(Driver):
         context = next((n for n, name in self._established.contexts.items() if name == META_BASE_ALLOCATION), None)
         if context is None:
             return await super().block_status(offset, length)
-        start = round_down(offset, self._min_block)
-        end = min(round_up(offset + length, self._min_block), self.size, start + self._max_status)
-        request = Request(Command.BLOCK_STATUS, start, end - start)
+        request = Request(Command.BLOCK_STATUS, offset, min(length, self.size - offset, self._max_status))
         self._submit(request)
         await request.future
-        extents: list[Extent] = []
-        # All connections select the same one context; the number that a server gives it may differ.
-        for told, state in islice(next(iter(request.extents.values())), MAX_STATUS_EXTENTS):
-            inside = min(told, offset + length - start) - max(offset - start, 0)
-            start += told
-            if inside > 0:
-                extents.append(Extent(inside, status_of(state)))
-        if not extents:
-            raise errors.io_error(
-                errno.EIO, self.node.name, f"block status at {offset}: the server tells less than one block"
-            )
-        return extents
+        # All connections select the same one context; only the number that a server gives it may differ.
+        told = next(iter(request.extents.values()))
+        return [Extent(extent, status_of(state)) for extent, state in islice(told, MAX_STATUS_EXTENTS)]
 
     async def truncate(self, size: int, preallocation: Preallocation, *, exact: bool) -> None:
         if size != self.size and (exact or size > self.size):
