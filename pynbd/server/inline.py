@@ -18,17 +18,17 @@ from typing import Any
 class StandIn:
     """The current task of a coroutine that is running in place, and later the name its task is known by inside."""
 
-    __slots__ = ("__weakref__", "_cancel_messages", "_context", "_coroutine", "_loop", "task")
+    __slots__ = ("__weakref__", "_cancel_messages", "_loop", "task")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._cancel_messages: list[Any] = []
-        self._coroutine: Coroutine[Any, Any, None] | None = None
-        self._context: Context | None = None
         self.task: asyncio.Task[None] | None = None
 
     def take_over(self, task: "asyncio.Task[None]") -> None:
-        """From now on `task` is meant."""
+        """From now on `task` is meant. It calls this itself, when it runs: one that has not started can't be
+        cancelled, or what it took over would never learn of it.
+        """
         self.task = task
         for message in self._cancel_messages:
             task.cancel(message)
@@ -114,16 +114,18 @@ class InlineStarter:
             return True
         finally:
             _leave_task(loop, stand_in)  # type: ignore[arg-type]  # as above
-        task = loop.create_task(_rest_of(coro, awaited))
+        task = loop.create_task(_rest_of(coro, awaited, stand_in))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
-        stand_in.take_over(task)
         self._stand_in = StandIn(loop)
         return False
 
 
-async def _rest_of(coro: Coroutine[Any, Any, None], awaited: Any) -> None:
+async def _rest_of(coro: Coroutine[Any, Any, None], awaited: Any, stand_in: StandIn) -> None:
     """The rest of a coroutine whose first suspension was for `awaited`."""
+    task = asyncio.current_task()
+    assert task is not None
+    stand_in.take_over(task)
     await _resumed(coro, awaited)
 
 
