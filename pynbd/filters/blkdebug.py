@@ -22,7 +22,7 @@ from pynbd.block.extents import Extent
 from pynbd.block.limits import MAX_ALIGNMENT_BYTES, Limits
 from pynbd.block.node import Node
 from pynbd.block.options import NodeOptions, Size
-from pynbd.block.permissions import Permission
+from pynbd.block.permissions import ChildRole, Permission
 from pynbd.filters.blkdebug_rules import (
     MAX_CONFIG_BYTES,
     Engine,
@@ -91,8 +91,8 @@ def announced_above(node: Node) -> bool:
         if parent.is_filter or parent.driver.passes("read"):
             if announced_above(parent):
                 return True
-        elif parent.driver.is_format:
-            return True
+        elif parent.driver.is_format and not edge.role & ChildRole.COW:
+            return True  # (a format announces what it does to its file, not what it reads from its backing file)
     return False
 
 
