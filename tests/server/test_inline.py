@@ -1,7 +1,7 @@
 """Coroutines that are started in place behave as tasks do: every case runs with work that does and does not wait."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -74,7 +74,7 @@ async def a_done_future() -> str:
 
 
 WORK = [nothing, one_turn, some_turns, a_thread, a_future, a_done_future]
-Work = Callable[[], Awaitable[str]]
+Work = Callable[[], Coroutine[Any, Any, str]]
 
 
 @pytest.mark.parametrize("work", WORK)
@@ -159,7 +159,7 @@ async def test_wait_for(work: Work) -> None:
 async def test_task_groups(work: Work) -> None:
     async def body(noted: list[Any]) -> None:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(work()) for _ in range(3)]  # type: ignore[arg-type]  # they are coroutines
+            tasks = [group.create_task(work()) for _ in range(3)]
         noted.extend(task.result() for task in tasks)
 
     assert await run_inline(body) == [[await work()] * 3]
