@@ -35,7 +35,7 @@ class RemoteProtocolError(NbdProtocolError):
     """The peer broke the protocol; close the connection, nothing further on it can be trusted."""
 
 
-class OptionRefused(Exception):  # noqa: N818 - a refusal is a regular answer, not a fault of either end
+class OptionRefused(Exception):
     """The server refused an option.
 
     Attributes:
