@@ -110,12 +110,6 @@ class Raw(Driver):
             )
         return self.options.offset + offset
 
-    async def flush_to_os(self) -> None:
-        self.file.node.driver.debug_event("flush_to_os")
-
-    async def flush_to_disk(self) -> None:
-        self.file.node.driver.debug_event("flush_to_disk")
-
     async def block_status(self, offset: int, length: int) -> Sequence[Extent]:
         return await self.file.block_status(self.options.offset + offset, length)
 
