@@ -86,7 +86,7 @@ class Overlay(Driver):
             OSError: it is shorter, and stays so.
         """
         below = self.file.node
-        if below.size >= size or below.driver.growable:
+        if below.size >= size or below.growable:
             return
         try:
             await below.truncate(size)

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -144,14 +145,25 @@ async def test_the_file_s_former_content_is_not_seen(graph: Graph) -> None:
     assert file.data[CLUSTER : 3 * CLUSTER] != bytes(2 * CLUSTER)
 
 
-async def test_a_file_that_does_not_grow_is_made_long_enough(graph: Graph) -> None:
-    node, _, _ = await overlaid(graph, file={"driver": "delay", "file": {"driver": RESTLESS, "size": 0}})
+FIXED_DISK = """
+from pynbd.block.driver import Driver
+
+class Fixed(Driver):
+    size = 4096
+    async def read(self, offset, into): into[:] = bytes(len(into))
+    async def write(self, offset, data): pass
+"""
+
+
+async def test_a_file_that_does_not_grow_is_made_long_enough(graph: Graph, tmp_path: Path) -> None:
+    node, _, _ = await overlaid(graph, file={"driver": "null", "size": 0})
     assert node.children["file"].size == SIZE
-    await node.path.write(SIZE - 10, memoryview(b"x" * 10), 0)
-    assert await content(node, SIZE - 10) == b"x" * 10
-    fixed = {"driver": "raw", "size": 0, "file": {"driver": RESTLESS, "size": 0}}
-    with pytest.raises(OSError, match="needed are 65536, and it can't be made longer"):
-        await overlaid(graph, file={"driver": "delay", "file": fixed})
+    fixed = tmp_path / "fixed.py"
+    fixed.write_text(FIXED_DISK)
+    await overlaid(graph, file={"driver": str(fixed)}, size=4096)
+    with pytest.raises(OSError, match="has 4096 bytes, needed are 65536, and it can't be made longer") as failure:
+        await overlaid(graph, file={"driver": str(fixed)})
+    assert failure.value.errno == errno.ENOTSUP
 
 
 @pytest.mark.parametrize("size", [0, 100, 511, 3000, 4 << 20, "1.5k"])
