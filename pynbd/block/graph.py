@@ -5,7 +5,8 @@ flight in the part that changes.
 """
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
@@ -14,19 +15,26 @@ from pynbd.block import options as opt
 from pynbd.block import probing, registry
 from pynbd.block.adapt import adapt, is_built_in
 from pynbd.block.backend import BlockBackend
+from pynbd.block.bitmaps import DEFAULT_GRANULARITY_BYTES, DirtyBitmap
 from pynbd.block.child import Child
 from pynbd.block.drain import downwards, drained, join_sections
 from pynbd.block.driver import Driver
 from pynbd.block.errors import BlockError, OptionError, PermissionConflict
 from pynbd.block.limits import Limits
 from pynbd.block.node import Node
-from pynbd.block.options import NodeOptions
+from pynbd.block.options import MAX_SIZE_BYTES, NodeOptions
 from pynbd.block.permissions import Permission
 
 log = logging.getLogger(__name__)
 
 MAX_CHAIN_DEPTH = 200
 """Nodes from a user down to the last child; as QEMU's limit for backing chains."""
+
+MAX_BITMAPS = 65535
+"""Dirty bitmaps of one node; as many as qcow2 can keep."""
+
+NODE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,254}")
+"""Names that a node may be given. Those that are made up begin with `#`, so the two never meet."""
 
 INHERITED = ("read-only", "auto-read-only", "force-share", "cache")
 """Options that a child takes over from its parent when it says nothing itself."""
@@ -46,6 +54,7 @@ class Graph:
     def __init__(self) -> None:
         self.nodes: dict[str, Node] = {}
         self._foreseen: frozenset[str] = frozenset()
+        self._opening: set[str] = set()
 
     # --- opening ------------------------------------------------------------------------------------------
 
@@ -58,14 +67,15 @@ class Graph:
             description: a file name, a URI, dotted keys, `json:{…}`, or the tree itself.
             format: the format of an image that is given by name; probed if empty.
             trusted: whether a person wrote it. What an image names opens only drivers of an allow-list.
-            defaults: options of the top node that the description may override (`read_only=True`).
+            defaults: options of the top node (`read_only=True`); a trusted description may override them.
 
         Raises:
             OptionError: the description is wrong.
             OSError, BlockError: something can't be opened; nothing stays open.
         """
         tree = self.describe(description, format=format, trusted=trusted)
-        tree = {name.replace("_", "-"): value for name, value in defaults.items()} | tree
+        given = {name.replace("_", "-"): value for name, value in defaults.items()}
+        tree = given | tree if trusted else tree | given
         if "driver" not in tree:
             return await self._open_probed(tree, trusted=trusted)
         return await self._open_plan(self._plan(tree, "", trusted=trusted, depth=0))
@@ -130,11 +140,11 @@ class Graph:
         try:
             head = await probing.read_head(storage)
             name = probing.probe_format(head, storage.filename() or storage.name)
-            top = self._plan({**tree, "driver": name, "file": storage.name}, "", trusted=trusted, depth=0)
+            top = self._plan({**tree, "driver": name, "file": storage}, "", trusted=trusted, depth=0)
             node = await self._open_plan(top)
         except BaseException:
-            if not storage.parents and not isinstance(plan, Node):
-                await self.close(storage)
+            if not isinstance(plan, Node):
+                await self._close_unused([storage])
             raise
         if name == probing.RAW and not node.read_only:
             node.write_guard = probing.ProbedRawGuard(node)
@@ -180,6 +190,11 @@ class Graph:
         options = opt.convert(own, kind.Options, path=path, driver=kind.name)
         if options.node_name in self.nodes:
             raise OptionError(f"{path}node-name: there is a node {options.node_name!r} already")
+        if options.node_name and not NODE_NAME.fullmatch(options.node_name):
+            raise OptionError(
+                f"{path}node-name: {options.node_name[:80]!r} is no name: write a letter, then up to 254 letters, "
+                f"digits, '-', '.' and '_'"
+            )
         children: dict[str, Plan | Node] = {}
         for child, spec in kind.children.items():
             if tree.get(child) is not None:
@@ -187,7 +202,12 @@ class Graph:
                 children[child] = self._plan_child(child, tree[child], inherit, path, trusted=trusted, depth=depth + 1)
             elif not spec.optional:
                 raise OptionError(f"{path}{child}: driver {kind.name!r} needs a node here")
-        return Plan(kind, options, children)
+        plan = Plan(kind, options, children)
+        names = list(given_names(plan))
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise OptionError(f"{path}node-name: {twice!r} is given to two nodes")
+        return plan
 
     def _plan_child(
         self, name: str, value: Any, parent: Mapping[str, Any], path: str, *, trusted: bool, depth: int
@@ -196,6 +216,8 @@ class Graph:
         if isinstance(value, Node):
             return value
         if isinstance(value, str):
+            if not trusted:
+                raise OptionError(f"{path}{name}: an image can't name a node ({value[:80]!r})")
             if value in self._foreseen:
                 return Plan(Driver, NodeOptions(), {})
             node = self.nodes.get(value)
@@ -225,20 +247,36 @@ class Graph:
                 children[name] = child
             return await self._open_node(plan, children)
         except BaseException:
-            for child in opened:
-                if child.name in self.nodes and not child.parents:
-                    await self.close(child)
+            await self._close_unused(opened)
             raise
 
     async def _open_node(self, plan: Plan, children: Mapping[str, Node]) -> Node:
-        driver = plan.kind(plan.options)
-        node = Node(driver, plan.options)
+        node = Node(plan.kind(plan.options), plan.options)
+        if node.name in self.nodes or node.name in self._opening:
+            raise OptionError(f"node-name: there is a node {node.name!r} already")
+        self._opening.add(node.name)
+        try:
+            await self._open_driver(node, plan, children)
+        finally:
+            self._opening.remove(node.name)
+        self.nodes[node.name] = node
+        node.start()
+        return node
+
+    async def _open_driver(self, node: Node, plan: Plan, children: Mapping[str, Node]) -> None:
+        """Join a new node to its children, and open its driver; if that fails, the children are as before."""
+        driver = node.driver
+        for child in children.values():
+            if not child.opened:
+                raise BlockError(f"{child.describe()} is being closed")
         if any(chain_depth(child) >= MAX_CHAIN_DEPTH for child in children.values()):
             raise BlockError(f"{node.name}: a chain of more than {MAX_CHAIN_DEPTH} nodes")
         for name, child in children.items():
             edge = Child(name, plan.kind.children[name].role, node, child)
             child.parents.append(edge)
             node.children[name] = edge
+            if plan.options.auto_read_only and child.read_only and plan.kind.children[name].writable:
+                node.read_only = True
         try:
             if not is_built_in(plan.kind):
                 node.calls = adapt(driver)
@@ -250,13 +288,14 @@ class Graph:
         except BaseException:
             self._cut_children(node)
             raise
-        if driver.size < 0:
-            await node.calls.close()
-            self._cut_children(node)
-            raise BlockError(f"{node.name}: driver {driver.name} has a negative size ({driver.size})")
-        self.nodes[node.name] = node
-        node.start()
-        return node
+        if not 0 <= driver.size <= MAX_SIZE_BYTES:
+            try:
+                await node.calls.close()
+            finally:
+                self._cut_children(node)
+            raise BlockError(
+                f"{node.name}: driver {driver.name} has a size of {driver.size}, expected 0 to {MAX_SIZE_BYTES}"
+            )
 
     def _cut_children(self, node: Node) -> None:
         for edge in node.children.values():
@@ -271,26 +310,38 @@ class Graph:
         """Flush and close a node that nobody uses, and then every child that nobody else uses.
 
         Raises:
-            OSError: it could not be flushed (it is closed all the same).
-            BlockError: somebody uses it.
+            OSError: something could not be flushed; all the same it is closed, and so is everything below.
+            BlockError: somebody uses it, or it is being closed already.
         """
         if node.parents:
             users = ", ".join(edge.describe() for edge in node.parents)
             raise BlockError(f"{node.describe()} is in use by {users}")
+        if not node.opened:
+            raise BlockError(f"{node.describe()} is being closed already")
+        node.opened = False
         try:
-            if not node.read_only and node.opened:
+            if not node.read_only:
                 await node.path.flush()
         finally:
-            node.opened = False
             below = [edge.node for edge in node.children.values()]
             try:
                 await node.calls.close()
             finally:
                 self.nodes.pop(node.name, None)
                 self._cut_children(node)
-                for child in below:
-                    if not child.parents and child.name in self.nodes:
-                        await self.close(child)
+                await self._close_unused(below)
+
+    async def _close_unused(self, nodes: Iterable[Node]) -> None:
+        """Close those of some nodes that nobody uses; the first error is raised when all are closed."""
+        first: BaseException | None = None
+        for node in nodes:
+            if node.opened and not node.parents:
+                try:
+                    await self.close(node)
+                except (OSError, BlockError) as problem:
+                    first = first or problem
+        if first is not None:
+            raise first
 
     async def close_all(self) -> None:
         """Close every node that no backend is attached to; errors are logged, and the first is raised at the end.
@@ -299,7 +350,7 @@ class Graph:
             OSError, BlockError: something could not be flushed or closed; everything else is closed.
         """
         first: BaseException | None = None
-        while tops := [node for node in self.nodes.values() if not node.parents]:
+        while tops := [node for node in self.nodes.values() if node.opened and not node.parents]:
             for node in tops:
                 try:
                     await self.close(node)
@@ -327,10 +378,12 @@ class Graph:
             shared: what it lets others do meanwhile.
 
         Raises:
-            PermissionConflict: somebody else's permissions stand against it; it is not attached.
+            PermissionConflict: somebody else's permissions stand against it, or something is read-only; it is not
+                attached.
+            BlockError: the node is being closed.
         """
-        if held & (Permission.WRITE | Permission.RESIZE) and node.read_only:
-            raise PermissionConflict(f"{backend.describe()} wants to write to {node.describe()}, which is read-only")
+        if not node.opened:
+            raise BlockError(f"{node.describe()} is being closed")
         edge = backend.attach(node)
         try:
             self.update_permissions([node], {edge: (held, shared)})
@@ -381,6 +434,41 @@ class Graph:
         for node in order:
             node.driver.commit_permissions(*node.held_by_parents())
 
+    # --- bitmaps ------------------------------------------------------------------------------------------
+
+    async def add_bitmap(self, node: Node, name: str, granularity: int = DEFAULT_GRANULARITY_BYTES) -> DirtyBitmap:
+        """Begin to note which parts of a node are written. Every write that is answered from now on is in it.
+
+        Args:
+            node: the node.
+            name: of the bitmap, new on this node.
+            granularity: bytes that one bit stands for, a power of two.
+
+        Raises:
+            BlockError: there is one of that name, there are too many, or name or granularity are out of range.
+        """
+        if name in node.bitmaps:
+            raise BlockError(f"{node.describe()} has a bitmap {name!r} already")
+        if len(node.bitmaps) >= MAX_BITMAPS:
+            raise BlockError(f"{node.describe()} has {MAX_BITMAPS} bitmaps, the most there may be")
+        bitmap = node.bitmaps[name] = DirtyBitmap(name, node.size, granularity)
+        # Writes that are under way may pass the node by; from the next one on none does.
+        async with drained(node):
+            bitmap.resize(node.size)
+            node.relink()
+        return bitmap
+
+    async def remove_bitmap(self, node: Node, name: str) -> None:
+        """Forget a bitmap.
+
+        Raises:
+            BlockError: there is none of that name.
+        """
+        if node.bitmaps.pop(name, None) is None:
+            raise BlockError(f"{node.describe()} has no bitmap {name!r}")
+        async with drained(node):
+            node.relink()
+
     # --- changing -----------------------------------------------------------------------------------------
 
     async def replace(self, edge: Child, node: Node) -> None:
@@ -402,6 +490,8 @@ class Graph:
                 node.parents.remove(edge)
                 before.parents.append(edge)
                 edge.node = before
+                # What the drivers were told to go back to was still without this edge.
+                self.update_permissions([before, node])
                 raise
             join_sections(node, edge.parent.users())
             edge.bind()
@@ -432,17 +522,31 @@ def field_names(kind: type[msgspec.Struct]) -> list[str]:
 
 def chain_depth(node: Node) -> int:
     """Nodes on the longest way down from a node, itself included."""
-    return 1 + max((chain_depth(edge.node) for edge in node.children.values()), default=0)
+    depths: dict[Node, int] = {}
+    for below in reversed(downwards([node])):
+        depths[below] = 1 + max((depths[edge.node] for edge in below.children.values()), default=0)
+    return depths[node]
+
+
+def given_names(plan: Plan) -> Iterator[str]:
+    """The names that a plan gives to new nodes."""
+    if plan.options.node_name:
+        yield plan.options.node_name
+    for child in plan.children.values():
+        if isinstance(child, Plan):
+            yield from given_names(child)
 
 
 def check_conflicts(node: Node, new: Mapping[Child, tuple[Permission, Permission]]) -> None:
-    """Check that what each parent holds is shared by every other.
+    """Check that what each parent holds is shared by every other, and that nobody writes to what is read-only.
 
     Raises:
         PermissionConflict: naming both, and what they differ about.
     """
     for edge in node.parents:
         held = new.get(edge, (edge.held, edge.shared))[0]
+        if node.read_only and held & (Permission.WRITE | Permission.RESIZE):
+            raise PermissionConflict(f"{edge.describe()} wants to write to {node.describe()}, which is read-only")
         for other in node.parents:
             shared = new.get(other, (other.held, other.shared))[1]
             if other is not edge and held & ~shared:
