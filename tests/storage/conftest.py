@@ -15,7 +15,11 @@ import pytest
 from pynbd.block.backend import BlockBackend
 from pynbd.block.graph import Graph
 from pynbd.block.permissions import Permission
+from pynbd.storage import pool
+from tests.conftest import DiskMaker
 from tests.peers import SYSTEM_PATH, require_tool
+
+SIZE = 1 << 20
 
 OpenDisk = Callable[..., AbstractAsyncContextManager[BlockBackend]]
 """open_disk(description, held=Permission.ALL, shared=Permission.ALL) -> a backend while the block lasts"""
@@ -99,3 +103,39 @@ def device(tmp_path: Path) -> Iterator[Path]:
         disk.truncate(16 << 20)
     with loop_device(backing) as path:
         yield path
+
+
+@pytest.fixture
+def disk(make_disk: DiskMaker) -> Path:
+    """A mebibyte of random data, all of it on the disk."""
+    path = make_disk(SIZE)
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+    return path
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What was given to threads."""
+    given: list[object] = []
+
+    def counting(executor: object, submit: Callable[..., object]) -> None:
+        def counted(*arguments: object) -> object:
+            given.append(arguments[0])
+            return submit(*arguments)
+
+        monkeypatch.setattr(executor, "submit", counted)
+
+    counting(pool.transfers, pool.transfers.submit)
+    counting(pool.syncs, pool.syncs.submit)
+    return given
+
+
+def description(path: Path, **options: object) -> dict[str, object]:
+    return {"driver": "file", "filename": str(path), **options}
+
+
+def evict(path: Path) -> None:
+    """Drop a file, which is on the disk, from the page cache."""
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,0 +1,148 @@
+"""What is durable, and what is said when it could not be."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pynbd.block.alignment import aligned_buffer
+from pynbd.block.graph import Graph
+from pynbd.block.requests import RequestFlag
+from tests.storage.conftest import OpenDisk, description
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The calls that make something durable."""
+    calls: list[str] = []
+    pwritev, fdatasync = os.pwritev, os.fdatasync
+
+    def counted_pwritev(fd: int, data: object, offset: int, flags: int = 0) -> int:
+        if flags:
+            calls.append("dsync" if flags == os.RWF_DSYNC else f"flags {flags}")
+        return pwritev(fd, data, offset, flags)  # type: ignore[arg-type]  # passed on as it came
+
+    def counted_fdatasync(fd: int) -> None:
+        calls.append("flush")
+        fdatasync(fd)
+
+    monkeypatch.setattr(os, "pwritev", counted_pwritev)
+    monkeypatch.setattr(os, "fdatasync", counted_fdatasync)
+    return calls
+
+
+@pytest.mark.parametrize("direct", [False, True])
+async def test_fua_is_one_call(direct: bool, disk: Path, open_disk: OpenDisk, synced: list[str]) -> None:
+    async with open_disk(description(disk, cache={"direct": direct})) as backend:
+        await backend.write(0, aligned_buffer(4096, 4096), RequestFlag.FUA)
+        assert synced == ["dsync"]
+        await backend.write(0, memoryview(b"y" * 4096))
+        assert synced == ["dsync"]
+        await backend.flush()
+        assert synced == ["dsync", "flush"]
+        await backend.write_zeroes(0, 4096, RequestFlag.FUA)
+        assert synced[-1] == "flush"
+        assert len(synced) == 3
+
+
+async def test_fua_where_the_kernel_has_none(
+    disk: Path, open_disk: OpenDisk, synced: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwritev = os.pwritev
+    refused = 0
+
+    def refusing(fd: int, data: object, offset: int, flags: int = 0) -> int:
+        nonlocal refused
+        if flags:
+            refused += 1
+            raise OSError(errno.EOPNOTSUPP, "none here")
+        return pwritev(fd, data, offset)  # type: ignore[arg-type]  # passed on as it came
+
+    monkeypatch.setattr(os, "pwritev", refusing)
+    async with open_disk(description(disk)) as backend:
+        await backend.write(0, memoryview(b"x" * 4096), RequestFlag.FUA)
+        await backend.write(0, memoryview(b"y" * 4096), RequestFlag.FUA)
+        assert synced == ["flush", "flush"]
+        assert refused == 1
+    assert disk.read_bytes()[:4096] == b"y" * 4096
+
+
+async def test_no_flush_means_none(disk: Path, open_disk: OpenDisk, synced: list[str]) -> None:
+    async with open_disk(description(disk, cache={"no-flush": True})) as backend:
+        await backend.write(0, memoryview(b"x" * 4096), RequestFlag.FUA)
+        await backend.flush()
+    assert synced == []
+    assert disk.read_bytes()[:4096] == b"x" * 4096
+
+
+def failing_once(code: int) -> Callable[[int], None]:
+    answers = iter([code])
+
+    def fdatasync(fd: int) -> None:
+        for answer in answers:
+            raise OSError(answer, os.strerror(answer))
+
+    return fdatasync
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+async def test_after_a_failed_flush_all_later_ones_fail(
+    code: int, disk: Path, open_disk: OpenDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel may have dropped what it could not write: a flush that is tried again would lie."""
+    graph = Graph()
+    node = await graph.open(description(disk))
+    await node.path.write(0, memoryview(b"x"), 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", failing_once(code))
+        with pytest.raises(OSError, match=f"{disk}.*flush") as caught:
+            await node.flush()
+        assert caught.value.errno == code
+        for _ in range(3):  # fdatasync itself succeeds from here on
+            with pytest.raises(OSError) as caught:
+                await node.flush()
+            assert caught.value.errno == code
+        with pytest.raises(OSError) as caught:
+            await node.path.write(0, memoryview(b"x"), RequestFlag.FUA)
+        assert caught.value.errno == code
+    with pytest.raises(OSError):
+        await graph.close(node)
+    async with open_disk(description(disk)) as backend:
+        await backend.write(0, memoryview(b"x"))
+        await backend.flush()
+
+
+async def test_a_durable_write_that_finds_no_room(
+    small_tmpfs: Path, open_disk: OpenDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk is told at the write: it is no reason to fail flushes ever after."""
+    path = small_tmpfs / "disk.raw"
+    with path.open("wb") as file:
+        file.truncate(16 << 20)
+    async with open_disk(description(path)) as backend:
+        with pytest.raises(OSError, match="write at 0 for 4194304 bytes") as caught:
+            await backend.write(0, memoryview(bytes(4 << 20)), RequestFlag.FUA)
+        assert caught.value.errno == errno.ENOSPC
+        await backend.discard(0, 16 << 20)
+        await backend.flush()
+
+
+async def test_a_write_that_finds_no_room(small_tmpfs: Path, open_disk: OpenDisk) -> None:
+    path = small_tmpfs / "disk.raw"
+    with path.open("wb") as file:
+        file.truncate(16 << 20)
+    async with open_disk(description(path)) as backend:
+        answers: list[OSError] = []
+        for offset in range(0, 2 << 20, 48 << 10):
+            try:
+                await backend.write(offset, memoryview(b"x" * (48 << 10)))
+            except OSError as problem:
+                answers.append(problem)
+        assert {problem.errno for problem in answers} == {errno.ENOSPC}
+        assert re.search(f"{path}.: write at .* for .* bytes: No space left on device", str(answers[0]))
+        await backend.flush()
