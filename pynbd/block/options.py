@@ -12,6 +12,7 @@ value of text becomes a typed one.
 """
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -25,11 +26,19 @@ MAX_OPTION_TEXT = 1 << 20
 MAX_OPTION_DEPTH = 64
 """Levels of one description, and so of a graph that a single description can make."""
 
+LIST_INDEX = re.compile(r"[0-9]{1,9}")
+
 MAX_LIST_ITEMS = 1024
 """Items of a list that is written with dotted keys (`children.0`, `children.1` …)."""
 
 SIZE_SUFFIXES = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50, "e": 1 << 60}
 MAX_SIZE_BYTES = (1 << 63) - 1
+
+SIZE_TEXT = re.compile(
+    r"0x(?P<hex>[0-9a-f]{1,20})|(?P<whole>[0-9]{1,20})?(?:(?<=[0-9])|(?=\.[0-9]))(?:\.(?P<part>[0-9]{0,20}))?"
+    r"(?P<suffix>[bkmgtpe]?)"
+)
+"""`4096`, `0x1000`, `64k`, `1.5G`, `.5M`; digits beyond those that fit anyhow are no size."""
 
 Size = Annotated[int, msgspec.Meta(ge=0, le=MAX_SIZE_BYTES, extra={"size": True})]
 """A number of bytes, which may be written with a suffix: `64k`, `1.5G`."""
@@ -86,31 +95,22 @@ def parse_size(text: str, *, what: str = "size") -> int:
     Raises:
         OptionError: it is no size, or does not fit in 63 bits.
     """
-    number = text.strip().lower()
-    suffix = number[-1:] if number[-1:].isalpha() else ""
-    digits = number.removesuffix(suffix) if suffix else number
-    if number.startswith("0x"):
-        suffix, digits = "", number
-    factor = SIZE_SUFFIXES.get(suffix)
-    try:
-        if factor is None:
-            raise ValueError(suffix)
-        value = int(digits, 0) * factor if "." not in digits else _fraction(digits, factor)
-    except (ValueError, OverflowError):
+    match = SIZE_TEXT.fullmatch(text.strip().lower())
+    if match is None:
         raise OptionError(
-            f"{what}: {text!r} is no size; write a number of bytes with an optional suffix k, M, G, T, P or E"
-        ) from None
+            f"{what}: {text[:80]!r} is no size; write a number of bytes with an optional suffix k, M, G, T, P or E"
+        )
+    if match["hex"]:
+        value = int(match["hex"], 16)
+    else:
+        factor, part = SIZE_SUFFIXES[match["suffix"]], match["part"] or ""
+        if part and factor == 1:
+            raise OptionError(f"{what}: {text!r} is no size; there are no parts of bytes")
+        scale: int = 10 ** len(part)
+        value = (int(match["whole"] or "0") * scale + int(part or "0")) * factor // scale
     if not 0 <= value <= MAX_SIZE_BYTES:
         raise OptionError(f"{what}: {text!r} is out of range (0 to {MAX_SIZE_BYTES} bytes)")
     return value
-
-
-def _fraction(digits: str, factor: int) -> int:
-    whole, _, part = digits.partition(".")
-    if not (whole + part).isdecimal():
-        raise ValueError(digits)
-    scale: int = 10 ** len(part)
-    return (int(whole or "0") * scale + int(part or "0")) * factor // scale
 
 
 def parse_switch(text: str, *, what: str) -> bool:
@@ -127,23 +127,9 @@ def parse_switch(text: str, *, what: str) -> bool:
 
 def split_commas(text: str) -> list[str]:
     """The parts of `a=1,b=2`, where `,,` stands for one comma in a value."""
-    parts: list[str] = []
-    current = ""
-    rest = text
-    while rest:
-        before, comma, rest = rest.partition(",")
-        current += before
-        if comma and rest.startswith(","):
-            current += ","
-            rest = rest[1:]
-            continue
-        parts.append(current)
-        current = ""
-        if comma and not rest:
-            break  # a trailing comma ends the last part
-    if current:
-        parts.append(current)
-    return parts
+    # No option can hold a NUL (file names can't), so it may stand for the doubled comma meanwhile.
+    parts = [part.replace("\0", ",") for part in text.replace(",,", "\0").split(",")]
+    return parts if parts[-1] else parts[:-1]
 
 
 def parse_dotted(text: str, *, implied_key: str = "") -> dict[str, Any]:
@@ -158,6 +144,8 @@ def parse_dotted(text: str, *, implied_key: str = "") -> dict[str, Any]:
     """
     if len(text) > MAX_OPTION_TEXT:
         raise OptionError(f"a description of {len(text)} characters is too long (at most {MAX_OPTION_TEXT})")
+    if "\0" in text:
+        raise OptionError(f"{text[:60]!r}: a description can't hold a NUL character")
     tree: dict[str, Any] = {}
     for number, part in enumerate(split_commas(text)):
         key, equals, value = part.partition("=")
@@ -169,11 +157,11 @@ def parse_dotted(text: str, *, implied_key: str = "") -> dict[str, Any]:
     return _lists(tree)  # type: ignore[no-any-return]  # a mapping of names stays a mapping
 
 
-def _put(tree: dict[str, Any], path: Sequence[str], value: str, key: str) -> None:
+def _put(tree: dict[str, Any], path: Sequence[str], value: Any, key: str) -> None:
     if len(path) > MAX_OPTION_DEPTH:
         raise OptionError(f"{key[:60]}…: more than {MAX_OPTION_DEPTH} levels")
     if not all(path):
-        raise OptionError(f"{key!r}: an empty name in a dotted key")
+        raise OptionError(f"{key[:60]!r}: an empty name in a dotted key")
     for name in path[:-1]:
         branch = tree.setdefault(name, {})
         if not isinstance(branch, dict):
@@ -189,7 +177,7 @@ def _lists(tree: Any) -> Any:
     if not isinstance(tree, dict):
         return tree
     branches = {name: _lists(value) for name, value in tree.items()}
-    if branches and all(name.isdecimal() for name in branches):
+    if branches and all(LIST_INDEX.fullmatch(name) for name in branches):
         if len(branches) > MAX_LIST_ITEMS or sorted(map(int, branches)) != list(range(len(branches))):
             raise OptionError(f"list items must be numbered 0 to {len(branches) - 1}, not {', '.join(branches)[:80]}")
         return [branches[name] for name in sorted(branches, key=int)]
@@ -211,23 +199,27 @@ def parse_json(text: str) -> dict[str, Any]:
         raise OptionError(f"json: {problem}: {body[:60]!r}") from None
     if not isinstance(tree, dict):
         raise OptionError(f"json: expected an object of options, found {body[:60]!r}")
-    return _undotted(tree)
+    return _undotted(tree, 0)  # type: ignore[no-any-return]  # a mapping of names stays a mapping
 
 
-def _undotted(tree: dict[str, Any]) -> dict[str, Any]:
-    """Dotted keys inside JSON (`{"file.driver": "file"}`), which QEMU also takes, made groups."""
+def _undotted(tree: Any, depth: int) -> Any:
+    """Dotted keys inside JSON (`{"file.driver": "file"}`), which QEMU also takes, made groups and lists."""
+    if depth > MAX_OPTION_DEPTH:
+        raise OptionError(f"json: more than {MAX_OPTION_DEPTH} levels")
+    if isinstance(tree, list):
+        return [_undotted(item, depth + 1) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
     result: dict[str, Any] = {}
     for key, value in tree.items():
-        target = result
-        *groups, last = key.split(".") if "." in key else [key]
-        for name in groups:
-            target = target.setdefault(name, {})
-            if not isinstance(target, dict):
-                raise OptionError(f"{key!r}: {name!r} is given as a value and as a group of options")
-        if last in target:
-            raise OptionError(f"{key!r} is given twice")
-        target[last] = value
-    return result
+        inner = _undotted(value, depth + 1)
+        if isinstance(inner, dict) and isinstance(result.get(key), dict):
+            # {"file.filename": …, "file": {…}} speaks of one group.
+            for name, option in inner.items():
+                _put(result, (key, name), option, f"{key}.{name}")
+        else:
+            _put(result, key.split("."), inner, key)
+    return _lists(result)
 
 
 def unknown_option(path: str, key: str, driver: str, allowed: Sequence[str]) -> OptionError:
