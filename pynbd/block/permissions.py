@@ -55,6 +55,6 @@ def default_permissions(
     if role & ChildRole.METADATA:
         # A format writes its own structures even when its guest does not, and nobody else may touch them.
         wanted = Permission.CONSISTENT_READ | (changing if writable else Permission.NONE)
-        return held & ~Permission.WRITE_UNCHANGED | wanted, shared & ~changing | Permission.WRITE_UNCHANGED
+        return held | wanted, shared & ~changing
     growing = Permission.RESIZE if Permission.WRITE in held else Permission.NONE
-    return held | growing, shared & ~Permission.RESIZE | Permission.WRITE_UNCHANGED
+    return held | growing, shared & ~Permission.RESIZE
