@@ -80,7 +80,8 @@ def _imported(target: str, name: str) -> type[Driver]:
     module, _, attribute = target.partition(":")
     try:
         kind = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as problem:
+    except Exception as problem:
+        # Whatever the module of a third party does as it is imported, it concerns this driver alone.
         raise OptionError(f"driver {name!r} ({target}) can't be loaded: {problem}") from problem
     if not (isinstance(kind, type) and issubclass(kind, Driver)):
         raise OptionError(f"driver {name!r} ({target}) is no pynbd.Driver")
@@ -142,8 +143,10 @@ def _run_file(path: Path, filename: str) -> Any:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as problem:
+    except BaseException as problem:
         del sys.modules[name]
+        if not isinstance(problem, Exception | SystemExit):
+            raise
         line = problem.__traceback__
         while line is not None and line.tb_next is not None:
             line = line.tb_next
