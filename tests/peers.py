@@ -1,7 +1,7 @@
 """Real NBD servers and clients, started and ended for a test: qemu-nbd, nbdkit, nbd-server and pynbd itself.
 
 Every server is a context manager that yields a running `Peer`: started on a Unix socket of its own or on a free port of
-127.0.0.1, ready when it has accepted a connection, and ended by its process id when the block is left, at the latest
+127.0.0.1, ready when it has greeted a connection, and ended by its process id when the block is left, at the latest
 when the interpreter ends. Nothing here leaves the machine.
 """
 
@@ -38,7 +38,7 @@ TOOL_MISSING = "tool missing: "
 """How the reason of a skip begins when an installable program is not there; under CI such a skip is a failure."""
 
 READY_LIMIT_S = 30.0
-"""How long a server may take until it accepts; none takes a second on an idle machine."""
+"""How long a server may take until it greets; none takes a second on an idle machine."""
 
 END_LIMIT_S = 20.0
 """How long a server may take to end after SIGTERM before it is killed."""
@@ -365,7 +365,7 @@ def _started(
 def _running_until_left(peer: Peer) -> Iterator[Peer]:
     _running[peer.pid] = peer.process
     try:
-        _wait_until_it_accepts(peer)
+        _wait_until_it_greets(peer)
         yield peer
     finally:
         if not peer.stopped:
@@ -381,21 +381,26 @@ def _read_pid(pid_file: Path) -> int:
     return int(pid_file.read_text())
 
 
-def _wait_until_it_accepts(peer: Peer) -> None:
+def _greets(endpoint: Endpoint) -> bool:
+    # A connection alone says nothing: qemu-nbd listens first, and only then finds that it can't open its disk.
+    try:
+        with endpoint.connect() as connection:
+            return connection.recv(8, socket.MSG_WAITALL) == b"NBDMAGIC"
+    except (FileNotFoundError, ConnectionError):
+        return False
+
+
+def _wait_until_it_greets(peer: Peer) -> None:
     deadline = time.monotonic() + READY_LIMIT_S
     while True:
-        try:
-            peer.endpoint.connect().close()
-        except (FileNotFoundError, ConnectionRefusedError):
-            pass
-        else:
+        if _greets(peer.endpoint):
             return
         with contextlib.suppress(subprocess.TimeoutExpired):
             # The pause between two attempts ends at once if the server does.
             status = peer.process.wait(0.01)
             raise CommandError(f"{peer.name} ended with status {status} instead of listening:\n{peer.log()}")
         if time.monotonic() > deadline:
-            raise CommandError(f"{peer.name} does not accept after {READY_LIMIT_S} s:\n{peer.log()}")
+            raise CommandError(f"{peer.name} does not greet after {READY_LIMIT_S} s:\n{peer.log()}")
 
 
 def _environment(added: Mapping[str, str] | None) -> dict[str, str]:
