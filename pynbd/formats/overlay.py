@@ -317,7 +317,6 @@ class Overlay(Driver):
 
     async def _shrink(self, size: int) -> None:
         self.size = size
-        self._below_end = min(self._below_end, size)
         await self._free(self._map.forget(-(-size // self._cluster)))
 
     async def _grow(self, size: int) -> None:
