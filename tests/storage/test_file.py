@@ -63,7 +63,7 @@ async def test_the_driver_for_a_file(disk: Path, open_disk: OpenDisk) -> None:
 
 
 async def test_a_name_with_a_nul(open_disk: OpenDisk) -> None:
-    with pytest.raises(OptionError, match=r"Could not open 'a.x00b': embedded null byte"):
+    with pytest.raises(OptionError, match=r"Could not open 'a.x00b': .*embedded null"):
         async with open_disk({"driver": "file", "filename": "a\0b"}):
             pass
 
