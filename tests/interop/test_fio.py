@@ -22,7 +22,7 @@ def _fio() -> None:
 def fio(peer: Peer, *options: str) -> dict[str, Any]:
     """Run fio on one disk of ours, and give what it tells of its jobs together; an error of any fails it."""
     command = ["fio", "--name=job", "--ioengine=nbd", f"--uri={peer.uri()}", "--output-format=json+", *options]
-    said = run(*command, "--group_reporting", "--verify_fatal=1")
+    said = run(*command, "--group_reporting", "--verify_fatal=1", "--verify_state_save=0")
     job = json.loads(said[said.index("{") :])["jobs"][0]
     assert job["error"] == 0
     assert isinstance(job, dict)
