@@ -67,6 +67,9 @@ class NbdOptions(NodeOptions, frozen=True, kw_only=True):
 
     Args:
         server: where the server is; or else, flat, `host` and `port`, or `path`.
+        host: the server's name or address.
+        port: its TCP port.
+        path: its Unix socket.
         export: the export's name, "" for the server's default.
         reconnect_delay: seconds for which requests wait when the connection is lost, while it is made again and what
             was not answered is sent again; 0: they fail at once, and the next request tries to connect.
