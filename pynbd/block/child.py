@@ -24,6 +24,7 @@ class DataPath(NamedTuple):
     cache: Callable[[int, int], Coroutine[Any, Any, None]]
     flush: Callable[[], Coroutine[Any, Any, None]]
     locate: Callable[[int, int], Location | None]
+    write_now: Callable[[int, memoryview], bool]
 
 
 class Parent(Protocol):
@@ -79,6 +80,7 @@ class Child:
         "role",
         "shared",
         "write",
+        "write_now",
         "write_zeroes",
     )
 
@@ -104,7 +106,9 @@ class Child:
 
     def bind(self) -> None:
         """Take the data path of the node below."""
-        self.read, self.write, self.write_zeroes, self.discard, self.cache, self.flush, self.locate = self.node.path
+        path = self.node.path
+        self.read, self.write, self.write_zeroes, self.discard = path.read, path.write, path.write_zeroes, path.discard
+        self.cache, self.flush, self.locate, self.write_now = path.cache, path.flush, path.locate, path.write_now
 
     async def block_status(self, offset: int, length: int) -> Sequence[Extent]:
         """What the layer below holds in a range; see `Driver.block_status`."""

@@ -237,6 +237,14 @@ class Driver:
         """Whether what `locate` says stays true as long as the node is open (raw files, not clusters)."""
         return False
 
+    def write_now(self, offset: int, data: memoryview) -> bool:
+        """Write a little without waiting, or say no: then `write` is called with the same bytes.
+
+        A plain function, asked for every small write: where the bytes go is known, and the page cache takes them. It
+        raises nothing; whatever goes wrong, `write` will find and tell. `data` is valid only during the call.
+        """
+        return False
+
     # --- size and shape ------------------------------------------------------------------------------------
 
     async def truncate(self, size: int, preallocation: Preallocation, *, exact: bool) -> None:
@@ -357,5 +365,7 @@ class Filter(Driver):
     def passes(self, member: str) -> bool:
         kind = type(self)
         if member == "locate" and kind.read is not Filter.read:
+            return False
+        if member == "write_now" and kind.write is not Filter.write:
             return False
         return getattr(kind, member) is getattr(Filter, member)

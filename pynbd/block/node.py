@@ -47,6 +47,11 @@ def nowhere(offset: int, length: int) -> Location | None:
     return None
 
 
+def not_now(offset: int, data: memoryview) -> bool:
+    """`write_now` of a node that must see each write in its own time."""
+    return False
+
+
 class WriteGuard(Protocol):
     """Looks at every change of the first `length` bytes of a node before it is made."""
 
@@ -138,6 +143,7 @@ class Node:
         driver, limits = self.driver, self.driver.limits
         plain = self._tracker is None and limits.request_alignment == 1 and limits.max_transfer == 0
         unwatched = self.write_guard is None and self.options.detect_zeroes == "off"
+        immediate = plain and unwatched and type(driver).write_now is not Driver.write_now
         return DataPath(
             read=self.calls.read if plain and driver.zero_past_end else self._read,
             write=self._write_plain if plain and unwatched else self._write,
@@ -146,6 +152,7 @@ class Node:
             cache=self.calls.cache,
             flush=self.flush,
             locate=driver.locate if type(driver).locate is not Driver.locate else nowhere,
+            write_now=self._write_now if immediate else not_now,
         )
 
     def _left_out_of(self, request: str) -> bool:
@@ -164,7 +171,7 @@ class Node:
             and not self.bitmaps
             and self.write_guard is None
             and self.options.detect_zeroes == "off"
-            and (request == "write" or self._discards)
+            and (request in ("write", "write_now") or self._discards)
         )
 
     def below_changed(self, edge: Child) -> None:
@@ -221,6 +228,16 @@ class Node:
             self._generation += 1
             if end > self.write_highest_offset or end > self._told_size or self.bitmaps:
                 self._written(offset, len(data))
+
+    def _write_now(self, offset: int, data: memoryview) -> bool:
+        """The same for a write that the driver can make in place."""
+        end = offset + len(data)
+        if self.read_only or end > self.driver.size or not self.driver.write_now(offset, data):
+            return False
+        self._generation += 1
+        if end > self.write_highest_offset or self.bitmaps:
+            self._written(offset, len(data))
+        return True
 
     async def _write(self, offset: int, data: memoryview, flags: int) -> None:
         self._check_writable(offset, len(data))

@@ -13,10 +13,13 @@ The ways of a request:
 
 import errno
 import logging
+import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from time import perf_counter_ns
+
+import msgspec
 
 from nbd_protocol.constants import Command, CommandFlag, Errno
 from nbd_protocol.errors import RemoteProtocolError, errno_to_nbd
@@ -28,7 +31,7 @@ from pynbd.block.statistics import Operation
 from pynbd.server.budget import Account
 from pynbd.server.export import Export
 from pynbd.server.inline import InlineStarter
-from pynbd.server.wire import Buffer, FileSpan, Item, Wire
+from pynbd.server.wire import Buffer, FileSpan, Item, SpanFile, Wire
 from pynbd.storage import linux
 
 log = logging.getLogger(__name__)
@@ -85,11 +88,20 @@ class _Payload:
 
     __slots__ = ("buffer", "filled", "request", "reserved")
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, arrived: memoryview) -> None:
         self.request = request
-        self.buffer = memoryview(bytearray(request.length))
-        self.filled = 0
+        self.buffer = arrived
+        self.filled = len(arrived)
         self.reserved = 0
+
+    def make_room(self) -> None:
+        """Memory was reserved: get a buffer for all of it."""
+        length = self.request.length
+        # A bytearray takes its memory at once; a mapping only as it is filled, which is slower.
+        whole = bytearray(length) if self.reserved >= length else mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE)
+        buffer = memoryview(whole)
+        buffer[: self.filled] = self.buffer
+        self.buffer = buffer
 
 
 class Connection:
@@ -145,7 +157,9 @@ class Connection:
         self._in_batch = False
         self._flush_due = False
         self._continue_due = False
+        self._blocked = False
         self._awaiting_budget = False
+        self._span_file: SpanFile | None = None
         self._ending = False
         self._lost = False
         self._closed = False
@@ -186,7 +200,7 @@ class Connection:
     @property
     def holding_back(self) -> bool:
         """Whether it is the client's turn: to take answers, or to send the rest of a payload."""
-        return self.wire.queued or self._payload is not None
+        return self.wire.queued or (self._payload is not None and not self._blocked)
 
     def _resized(self, size: int) -> None:
         self.rules.size = size
@@ -198,7 +212,8 @@ class Connection:
         self._lost = True
         if problem is not None:
             log.info("%s: connection lost: %s", self.peer, problem)
-        self._payload = None
+        self._drop_payload()
+        self.account.withdraw()
         self._waiting.clear()
         self._tail = b""
         self._more_in_tail = False
@@ -217,9 +232,15 @@ class Connection:
     def _end(self) -> None:
         """The client will send nothing more: finish what it asked for."""
         self._ending = True
-        self._payload = None
+        self._drop_payload()
         self.wire.pause_reading()
         self._end_if_idle()
+
+    def _drop_payload(self) -> None:
+        """The rest of it will not come."""
+        payload, self._payload = self._payload, None
+        if payload is not None and payload.reserved:
+            self.account.give(payload.reserved)
 
     def _end_if_idle(self) -> None:
         if not (self._ending or self._lost or self._shutting_down) or self._closed or self._in_batch:
@@ -290,22 +311,29 @@ class Connection:
 
     def _begin_payload(self, request: Request, rest: memoryview) -> None:
         """A large write has begun; its payload goes to a buffer of its own."""
-        if self.rules.refusal(request) is not None or self._shutting_down:
+        refused = self.rules.refusal(request)
+        if refused is None and self._shutting_down:
+            refused = (Errno.ESHUTDOWN, "the server is shutting down")
+        if refused is not None:
             self._framing.swallow(request.length)
-            self._serve([request])
+            self._serve([msgspec.structs.replace(request, refused=refused[0], reason=refused[1])])
             if not self._lost:
                 self._tail = bytes(rest)
                 self._more_in_tail = bool(self._tail)
                 if self._more_in_tail:
                     self._continue_soon()
             return
-        self._payload = payload = _Payload(request)
-        payload.buffer[: len(rest)] = rest
-        payload.filled = len(rest)
-        self._advance_payload(payload)
+        self._payload = payload = _Payload(request, rest)
+        if not self._waiting:
+            self._advance_payload(payload)
+        if not payload.reserved:
+            payload.buffer = memoryview(bytes(rest))  # the received bytes are overwritten at the next wake-up
 
     def _receive_payload(self, payload: _Payload) -> None:
-        room = min(payload.reserved, payload.request.length) - payload.filled
+        room = payload.reserved - payload.filled
+        if room <= 0:
+            self._continue_soon()
+            return
         received = self.wire.receive_into(payload.buffer[payload.filled : payload.filled + room])
         if received < 0:
             return
@@ -318,36 +346,36 @@ class Connection:
     def _advance_payload(self, payload: _Payload) -> None:
         """Reserve memory for more of a payload, or carry out the write if it is complete."""
         length = payload.request.length
+        if not payload.reserved and not self._has_room_for(length):
+            self._block()
+            return
         while payload.reserved < length and payload.reserved - payload.filled < PAYLOAD_STEP_BYTES:
             step = min(PAYLOAD_STEP_BYTES, length - payload.reserved)
-            if not self.account.take(step, self._budget_is_back):
+            if not self.account.take(step, self._budget_is_back, begun=payload.reserved > 0):
                 if payload.reserved > payload.filled:
                     break
-                self._wait_for_budget()
+                self._awaiting_budget = True
+                self._block()
                 return
             payload.reserved += step
+            if payload.reserved == step:
+                payload.make_room()
         if payload.filled < length:
             return
         self._payload = None
-        request = payload.request
         self.in_flight += 1
-        self._run(request, payload.buffer.toreadonly(), length)
+        self._run(payload.request, payload.buffer.toreadonly(), length)
 
-    def _wait_for_budget(self) -> None:
-        self._awaiting_budget = True
+    # --- waiting ------------------------------------------------------------------------------------------
+
+    def _block(self) -> None:
+        """Nothing can go on before memory is given back, or something that is under way has ended."""
+        self._blocked = True
         self.wire.pause_reading()
 
     def _budget_is_back(self) -> None:
         """The payload budget has room again: go on where memory was lacking."""
-        self._awaiting_budget = False
-        if self._closed or self._lost:
-            return
-        if not self._ending:
-            self.wire.resume_reading()
-        if self._payload is not None:
-            self._advance_payload(self._payload)
-        else:
-            self._serve_waiting()
+        self._go_on()
 
     def _continue_soon(self) -> None:
         if not self._continue_due:
@@ -355,41 +383,60 @@ class Connection:
             self._starter.loop.call_soon(self._continue)
 
     def _continue(self) -> None:
-        """The next turn: what waits, then what is left of the last receive."""
         self._continue_due = False
-        if self._lost or self._closed or self._payload is not None:
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """The next turn: requests that were put aside, then a payload, then what is left of the last receive."""
+        if self._lost or self._closed:
             return
+        self._blocked = self._awaiting_budget = False
         if self._waiting:
-            self._serve_waiting()
-        if not self._waiting and self._more_in_tail and not self._lost:
+            waiting = list(self._waiting)
+            self._waiting.clear()
+            self._serve(waiting)
+        elif self._payload is not None:
+            self._advance_payload(self._payload)
+        elif self._more_in_tail:
             tail = self._tail
             self._tail, self._more_in_tail = b"", False
             self._parse(memoryview(tail))
-        if not self._waiting and not self._awaiting_budget and not self._ending and not self._closed:
+        if self._lost or self._closed or self._blocked:
+            return
+        payload = self._payload
+        if self._waiting or self._more_in_tail or (payload is not None and not payload.reserved):
+            self._continue_soon()
+        elif not self._ending:
             self.wire.resume_reading()
 
     # --- serving ------------------------------------------------------------------------------------------
 
     def _serve(self, requests: Sequence[Request]) -> None:
-        """Serve requests in one go; those beyond the connection's caps wait."""
+        """Serve requests in one go; those beyond the connection's caps, or this turn's share, wait."""
+        if self.wire.unsent > MAX_UNSENT_BYTES:
+            self._put_aside(requests)
+            self._block()
+            return
         self._in_batch = True
         try:
             self._serve_batch(requests)
         finally:
             self._in_batch = False
         self._flush()
+        if self._blocked and not (self._awaiting_budget or self.in_flight or self.wire.queued):
+            self._continue_soon()  # what stood in the way has ended within this very turn: nobody else would wake us
 
     def _serve_batch(self, requests: Sequence[Request]) -> None:
         refusal, replies, scratch = self.rules.refusal, self._replies, self._scratch
         pack, header = replies.pack_read_header, replies.read_header_size
         answers, view = scratch.answers, scratch.answers_view
-        locate, preadv = self.backend.locate, os.preadv
+        locate, preadv, write_now = self.backend.locate, os.preadv, self.backend.write_now
         end_of_answers = len(answers)
-        position = count = total = 0
+        position = count = total = written = total_written = begun = 0
         started = perf_counter_ns()
         for index, request in enumerate(requests):
             refused = refusal(request)
-            if refused is not None or self._shutting_down:
+            if refused is not None or (self._shutting_down and request.type != DISC):
                 self._out.append(replies.error(request, *(refused or (Errno.ESHUTDOWN, "the server is shutting down"))))
                 continue
             length = request.length
@@ -412,10 +459,29 @@ class Connection:
                         count += 1
                         total += length
                         continue
+            elif (
+                request.type == WRITE
+                and length
+                and not request.flags & COMMAND_FUA
+                and request.payload is not None
+                and write_now(request.offset, request.payload)
+            ):
+                self._out.append(replies.done(request))
+                written += 1
+                total_written += length
+                continue
+            if begun >= MAX_BATCH_BYTES:
+                self._put_aside(requests[index:])
+                self._continue_soon()
+                break
             if not self._begin(request):
                 self._put_aside(requests[index:])
-                self.wire.pause_reading()
+                self._block()
                 break
+            if request.type <= WRITE:
+                begun += length
+        if written:
+            self.backend.statistics.account(Operation.WRITE, written, total_written, perf_counter_ns() - started)
         if count:
             self.backend.statistics.account(Operation.READ, count, total, perf_counter_ns() - started)
             try:
@@ -423,17 +489,21 @@ class Connection:
             except OSError as problem:
                 self._lose(problem)
 
+    def _has_room_for(self, length: int) -> bool:
+        """Whether the connection's caps allow one request more, with so many bytes of data."""
+        return (
+            self.in_flight < MAX_REQUESTS_IN_FLIGHT
+            and self.wire.unsent <= MAX_UNSENT_BYTES
+            and (self.account.held + length <= MAX_BYTES_IN_FLIGHT or not self.in_flight)
+        )
+
     def _begin(self, request: Request) -> bool:
         """Start a request; False if a cap of the connection or the payload budget says "not now"."""
         if self._lost:
             return True
         kind = request.type
         length = request.length if kind in (READ, WRITE) else 0
-        if (
-            self.in_flight >= MAX_REQUESTS_IN_FLIGHT
-            or self.wire.unsent > MAX_UNSENT_BYTES
-            or (self.account.held + length > MAX_BYTES_IN_FLIGHT and self.in_flight)
-        ):
+        if not self._has_room_for(length):
             return False
         if kind == DISC:
             return True
@@ -449,21 +519,11 @@ class Connection:
         return True
 
     def _put_aside(self, requests: Sequence[Request]) -> None:
-        """Keep requests for later; nothing more is received meanwhile."""
+        """Keep requests for later; nothing more is looked at meanwhile."""
         for request in requests:
             payload = request.payload
             kept = request if payload is None else request.with_payload(memoryview(bytes(payload)))
             self._waiting.append(kept)
-
-    def _serve_waiting(self) -> None:
-        """Try the requests again that were put aside."""
-        if self._in_batch or not self._waiting:
-            return
-        waiting = list(self._waiting)
-        self._waiting.clear()
-        self._serve(waiting)
-        if not self._waiting:
-            self._continue_soon()
 
     def _run(self, request: Request, payload: memoryview | None, reserved: int) -> None:
         self._starter.start(self._carry_out(request, payload, reserved))
@@ -493,10 +553,11 @@ class Connection:
 
     def _error(self, request: Request, problem: OSError) -> bytes:
         fast = request.type == Command.WRITE_ZEROES and bool(request.flags & CommandFlag.FAST_ZERO)
-        code = errno_to_nbd(problem.errno, fast_zero=fast)
+        # A driver from outside may raise anything: that it failed is sure, whatever it says.
+        code = errno_to_nbd(problem.errno or errno.EIO, fast_zero=fast)
         if code is not Errno.ENOTSUP and problem.errno != errno.ESHUTDOWN:
             log.warning("%s: export %r: %s: %s", self.peer, self.export.name, describe(request), problem)
-        return self._replies.error(request, code, problem.strerror or str(problem))
+        return self._replies.error(request, code, str(problem.strerror or problem))
 
     async def _execute(self, request: Request) -> list[Item]:
         """Do what a request other than a write asks for; returns its reply."""
@@ -570,6 +631,13 @@ class Connection:
             return False
         if request.flags & CommandFlag.DF or linux.resident_bytes(located[0], located[1], length) != length:
             return False
+        file = self._span_file
+        if file is None or not file.is_open(located[0]):
+            try:
+                file = self._span_file = SpanFile(located[0])
+            except OSError as problem:
+                log.warning("%s: no descriptor to send from, so it is copied: %s", self.peer, problem)
+                return False
         replies = self._replies
 
         def finish(problem: OSError | None) -> Buffer:
@@ -582,7 +650,7 @@ class Connection:
 
         self.in_flight += 1
         header = replies.read_data(request, offset, length, done=False)
-        self._out += [header, FileSpan(located[0], located[1], length, finish)]
+        self._out += [header, FileSpan(file, located[1], length, finish)]
         return True
 
     async def _block_status(self, request: Request) -> list[Item]:
@@ -639,8 +707,8 @@ class Connection:
         if self._lost or self._closed:
             return
         self._charge_unsent()
-        if self._waiting and not self._awaiting_budget:
-            self._serve_waiting()
+        if self._blocked:
+            self._continue_soon()
         self._end_if_idle()
 
     def on_lost(self, problem: OSError) -> None:

@@ -67,13 +67,14 @@ class NbdServer:
             self.add_export(export)
         self.max_clients = max_clients or DEFAULT_MAX_CLIENTS
         self.handshake_timeout_s = handshake_timeout_s
-        self.budget = PayloadBudget(payload_pool)
         self.connections: set[Connection] = set()
         self.on_client_gone: list[Callable[[], None]] = []
         self.served = 0
         self._structured = structured
         self._extended = extended
         self._loop = asyncio.get_running_loop()
+        # Those who wait for memory are woken by the loop, never from within another client's request.
+        self.budget = PayloadBudget(payload_pool, self._loop.call_soon)
         self._starter = InlineStarter(self._loop)
         self._scratch = Scratch()
         self._listeners: list[socket.socket] = []

@@ -17,24 +17,58 @@ MAX_VECTORS = 512
 SOCKET_BUFFER_BYTES = 4 << 20
 """What is asked of the kernel for each direction; it gives as much as its limits allow."""
 
+MAX_BYTES_A_TURN = 4 << 20
+"""What is sent to one client before the others have their turn: one that reads quickly would never let go."""
+
 Buffer = bytes | bytearray | memoryview
+
+
+class SpanFile:
+    """A file that spans are sent from, and its descriptor for all of them.
+
+    It is a descriptor of its own: the file may be closed, or the node replaced, before a slow client has taken all.
+    And it is one: a client that asks for much and takes nothing must not use up the descriptors of the process.
+
+    Args:
+        fd: the open file.
+
+    Raises:
+        OSError: there are no more descriptors.
+    """
+
+    __slots__ = ("_identity", "fd", "spans")
+
+    def __init__(self, fd: int) -> None:
+        self._identity = os.fstat(fd)[1:3]
+        self.fd = os.dup(fd)
+        self.spans = 0
+
+    def is_open(self, fd: int) -> bool:
+        """Whether it can serve for another span of what is open as `fd`."""
+        return self.spans > 0 and os.fstat(fd)[1:3] == self._identity
+
+    def release(self) -> None:
+        """One span less; with the last one the descriptor is closed."""
+        self.spans -= 1
+        if not self.spans:
+            os.close(self.fd)
 
 
 class FileSpan:
     """Bytes that are sent straight from a file's pages, and what is to be sent behind them.
 
     Args:
-        fd: the open file.
+        file: the open file; the span is one of its spans until it is released.
         offset: where in it, in bytes.
         length: how many bytes; exactly so many are sent, zeroes if the file fails.
         finish: called when they have left, with the error if there was one; gives the end of the reply.
     """
 
-    __slots__ = ("fd", "finish", "length", "offset")
+    __slots__ = ("file", "finish", "length", "offset")
 
-    def __init__(self, fd: int, offset: int, length: int, finish: Callable[[OSError | None], Buffer]) -> None:
-        # Its own descriptor: the file may be closed, or the node replaced, before a slow client has taken it all.
-        self.fd = os.dup(fd)
+    def __init__(self, file: SpanFile, offset: int, length: int, finish: Callable[[OSError | None], Buffer]) -> None:
+        self.file = file
+        file.spans += 1
         self.offset = offset
         self.length = length
         self.finish = finish
@@ -43,8 +77,8 @@ class FileSpan:
         return self.length
 
     def release(self) -> None:
-        """Close the descriptor."""
-        os.close(self.fd)
+        """It is sent, or never will be."""
+        self.file.release()
 
 
 Item = Buffer | FileSpan
@@ -178,8 +212,9 @@ class PlainWire:
         self._on_sent()
 
     def _drain(self) -> None:
-        """Send until the queue is empty or the socket is full."""
-        while self._queue:
+        """Send until the queue is empty, the socket is full, or it is somebody else's turn."""
+        end_of_turn = self.moved + MAX_BYTES_A_TURN
+        while self._queue and self.moved < end_of_turn:
             try:
                 progress = self._send_span() if type(self._queue[0]) is FileSpan else self._send_vectors()
             except (BlockingIOError, InterruptedError):
@@ -217,7 +252,7 @@ class PlainWire:
         problem: OSError | None = None
         if span.length:
             try:
-                sent = os.sendfile(self._fd, span.fd, span.offset, span.length)
+                sent = os.sendfile(self._fd, span.file.fd, span.offset, min(span.length, MAX_BYTES_A_TURN))
             except (BlockingIOError, InterruptedError, BrokenPipeError, ConnectionResetError):
                 raise
             except OSError as error:

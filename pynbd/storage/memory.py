@@ -63,6 +63,12 @@ class Memory(Driver):
         if end > self.size:
             self._grown(end)
 
+    def write_now(self, offset: int, data: memoryview) -> bool:
+        try:
+            return os.pwrite(self._fd, data, offset) == len(data)
+        except OSError:
+            return False  # no memory left: `write` says so
+
     def _grown(self, size: int) -> None:
         self.size = size
         self.node.resized()
