@@ -1,12 +1,16 @@
 """Threads for what would keep the event loop waiting.
 
-A trip to a thread and back costs tens of microseconds, nearly all of it for waking up: so requests go there
-together, as one job per worker, and come back together.
+A trip to a thread and back costs tens of microseconds, nearly all of it for waking up, and threads that run at the
+same time stand in each other's way (there is one interpreter lock). So requests go there together and come back
+together, and only as many threads take part as really wait for disks.
 """
 
 import asyncio
+import resource
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
 from typing import Any, TypeVar, TypeVarTuple
 
 T = TypeVar("T")
@@ -18,11 +22,19 @@ WORKERS = 8
 SYNC_WORKERS = 64
 """Threads for everything that waits until a disk says "done": a slow disk's flush must not hold up reads."""
 
+TELL_S = 0.0002
+"""A job that has answers and goes on tells them after so long."""
+
+WAITING_S = 0.002
+"""Requests that take so long on average wait for something else than a processor."""
+
 transfers = ThreadPoolExecutor(WORKERS, "pynbd-io")
 """For reads, writes and other calls that are quick unless a disk is slow. Threads are started when they are needed."""
 
 syncs = ThreadPoolExecutor(SYNC_WORKERS, "pynbd-sync")
 """For flushes, durable writes, and calls that may take seconds."""
+
+Answer = tuple["asyncio.Future[None]", BaseException | None]
 
 
 async def run(executor: ThreadPoolExecutor, function: Callable[[*Arguments], T], *arguments: *Arguments) -> T:
@@ -55,51 +67,85 @@ def _fail(future: "asyncio.Future[Any]", problem: BaseException) -> None:
         future.set_exception(problem)
 
 
+def _tell(answers: Sequence[Answer]) -> None:
+    for future, problem in answers:
+        if problem is None:
+            _succeed(future, None)
+        else:
+            _fail(future, problem)
+
+
 class Batch:
-    """Requests of the same kind that arise in one turn of the event loop, given to the pool as one job per worker.
+    """Requests of one kind, served by jobs in threads that each take as many as there are.
+
+    How many jobs run at the same time depends on what the last one met: all workers, if it waited for a disk; one, if
+    it did not, since threads that only copy memory are quicker alone.
 
     Args:
         function: serves one request in a thread, given the arguments of `run`.
+        always_waits: whether every request waits for the disk (direct I/O).
     """
 
-    __slots__ = ("_function", "_waiting")
+    __slots__ = ("_always_waits", "_function", "_jobs", "_scheduled", "_waiting", "_width")
 
-    def __init__(self, function: Callable[..., None]) -> None:
+    def __init__(self, function: Callable[..., None], *, always_waits: bool = False) -> None:
         self._function = function
-        self._waiting: list[tuple[asyncio.Future[None], tuple[Any, ...]]] = []
+        self._always_waits = always_waits
+        self._waiting: deque[tuple[asyncio.Future[None], tuple[Any, ...]]] = deque()
+        self._scheduled = False
+        self._jobs = 0
+        self._width = WORKERS
 
     def run(self, *arguments: Any) -> "asyncio.Future[None]":
-        """Serve a request, together with the others of this turn."""
+        """Serve a request, together with the others of this turn of the event loop."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
-        if not self._waiting:
-            loop.call_soon(self._submit, loop)
         self._waiting.append((future, arguments))
+        if not self._scheduled and self._jobs < self._width:
+            self._scheduled = True
+            loop.call_soon(self._submit, loop)
         return future
 
     def _submit(self, loop: asyncio.AbstractEventLoop) -> None:
-        waiting, self._waiting = self._waiting, []
-        for worker in range(min(WORKERS, len(waiting))):
-            transfers.submit(self._serve, loop, waiting[worker::WORKERS])
+        self._scheduled = False
+        for _ in range(min(self._width - self._jobs, len(self._waiting))):
+            self._jobs += 1
+            transfers.submit(self._serve, loop)
 
-    def _serve(
-        self, loop: asyncio.AbstractEventLoop, requests: Sequence[tuple["asyncio.Future[None]", tuple[Any, ...]]]
-    ) -> None:
-        """Runs in a thread: serve the requests one by one, and tell the loop of all of them at once."""
-        answers: list[tuple[asyncio.Future[None], BaseException | None]] = []
-        for future, arguments in requests:
+    def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Runs in a thread: serve requests until there are none left."""
+        served, answers = 0, list[Answer]()
+        started = told = perf_counter()
+        blocks_read = resource.getrusage(resource.RUSAGE_THREAD).ru_inblock
+        while True:
+            try:
+                future, arguments = self._waiting.popleft()  # which other jobs do as well
+            except IndexError:
+                break
             try:
                 self._function(*arguments)
             except BaseException as problem:  # whatever it is, the waiting coroutine gets it
                 answers.append((future, problem))
             else:
                 answers.append((future, None))
-        loop.call_soon_threadsafe(_answer, answers)
+            served += 1
+            now = perf_counter()
+            if now - told > TELL_S and self._waiting:
+                loop.call_soon_threadsafe(_tell, answers)
+                answers, told = [], now
+        waited = (
+            resource.getrusage(resource.RUSAGE_THREAD).ru_inblock > blocks_read
+            or perf_counter() - started > WAITING_S * served
+        )
+        loop.call_soon_threadsafe(self._ended, loop, answers, served, waited)
 
-
-def _answer(answers: Sequence[tuple["asyncio.Future[None]", BaseException | None]]) -> None:
-    for future, problem in answers:
-        if problem is None:
-            _succeed(future, None)
-        else:
-            _fail(future, problem)
+    def _ended(self, loop: asyncio.AbstractEventLoop, answers: Sequence[Answer], served: int, waited: bool) -> None:
+        """A job has served all that it found."""
+        self._jobs -= 1
+        if served:
+            self._width = WORKERS if waited or self._always_waits else 1
+        _tell(answers)
+        # What came while the job was about to end has found it still counted.
+        if self._waiting and not self._scheduled and self._jobs < self._width:
+            self._scheduled = True
+            loop.call_soon(self._submit, loop)

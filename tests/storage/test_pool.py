@@ -23,24 +23,71 @@ async def test_run_raises_what_was_raised() -> None:
     assert caught.value.errno == 5
 
 
-async def test_requests_of_one_turn_share_jobs() -> None:
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What was given to the threads for reads and writes."""
+    given: list[object] = []
+    submit = pool.transfers.submit
+
+    def counted(*arguments: object) -> object:
+        given.append(arguments[0])
+        return submit(*arguments)  # type: ignore[arg-type]  # passed on as they come
+
+    monkeypatch.setattr(pool.transfers, "submit", counted)
+    return given
+
+
+async def test_requests_of_one_turn_share_jobs(jobs: list[object]) -> None:
     """Many requests at once need no more jobs than there are workers, and each gets its own answer."""
     threads: list[tuple[int, int]] = []
     batch = pool.Batch(lambda number: threads.append((number, threading.get_ident())))
-    submitted = 0
-    submit = pool.transfers.submit
-
-    def counting(*arguments: object) -> object:
-        nonlocal submitted
-        submitted += 1
-        return submit(*arguments)  # type: ignore[arg-type]  # passed on as they come
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pool.transfers, "submit", counting)
-        await asyncio.gather(*(batch.run(number) for number in range(100)))
-    assert submitted == pool.WORKERS
+    await asyncio.gather(*(batch.run(number) for number in range(100)))
+    assert len(jobs) == pool.WORKERS
     assert sorted(number for number, _ in threads) == list(range(100))
     assert threading.get_ident() not in {thread for _, thread in threads}
+
+
+async def test_as_many_threads_as_wait(jobs: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What turns out to be quick is done by one thread at a time; what waits for disks by all."""
+    now = tick = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += tick
+        return now
+
+    monkeypatch.setattr(pool, "perf_counter", clock)
+    batch = pool.Batch(lambda number: None)
+    await asyncio.gather(*(batch.run(number) for number in range(100)))
+    jobs.clear()
+    await asyncio.gather(*(batch.run(number) for number in range(100)))
+    assert len(jobs) == 1
+    tick = 1.0
+    jobs.clear()
+    await asyncio.gather(*(batch.run(number) for number in range(100)))
+    assert len(jobs) == 1
+    await asyncio.gather(*(batch.run(number) for number in range(100)))
+    assert len(jobs) > 1
+
+
+async def test_direct_requests_always_wait(jobs: list[object]) -> None:
+    batch = pool.Batch(lambda number: None, always_waits=True)
+    for _ in range(3):
+        await asyncio.gather(*(batch.run(number) for number in range(100)))
+    assert len(jobs) > pool.WORKERS
+
+
+async def test_requests_that_come_while_a_job_ends(jobs: list[object]) -> None:
+    """None is forgotten, whenever it comes."""
+    batch = pool.Batch(lambda number: None)
+
+    async def chain(length: int) -> int:
+        for number in range(length):
+            await batch.run(number)
+        return length
+
+    assert await asyncio.gather(*(chain(length) for length in range(200))) == list(range(200))
+    assert len(jobs) < sum(range(200))
 
 
 async def test_one_request_failing_leaves_the_others_alone() -> None:
