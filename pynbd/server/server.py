@@ -184,7 +184,7 @@ class NbdServer:
                 return
             task = self._loop.create_task(self._welcome(sock, peer_name(sock, address)))
             self._handshakes.add(task)
-            task.add_done_callback(self._handshakes.discard)
+            task.add_done_callback(self._handshake_ended)
         self._watch_listeners()
 
     # --- clients ------------------------------------------------------------------------------------------
@@ -210,7 +210,10 @@ class NbdServer:
                 sock.close()
         if result is not None:
             self._begin(sock, peer, result)
-        self._loop.call_soon(self._client_left, result is not None)
+
+    def _handshake_ended(self, task: "asyncio.Task[None]") -> None:
+        self._handshakes.discard(task)
+        self._accept_again()
 
     def _begin(self, sock: socket.socket, peer: str, result: Negotiated) -> None:
         def make_wire(connection: Connection) -> PlainWire:
@@ -241,13 +244,14 @@ class NbdServer:
         self.connections.discard(connection)
         self._progress.pop(connection, None)
         connection.export.clients -= 1
-        self._client_left(False)
+        self._accept_again()
         self._somebody_left.set()
         for tell in list(self.on_client_gone):
             tell()
 
-    def _client_left(self, stays: bool) -> None:
-        if not self._accepting and not self._stopping and not stays:
+    def _accept_again(self) -> None:
+        """A client has gone: whoever waits in the kernel may come in."""
+        if not self._accepting and not self._stopping:
             self._watch_listeners()
 
     def _check_stalls(self) -> None:
