@@ -1,6 +1,7 @@
 """`Export`: a node of the graph under a name that clients can ask for, and what they are told of it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from operator import and_, or_
 
 from nbd_protocol.constants import (
     DIRTY,
@@ -11,7 +12,7 @@ from nbd_protocol.constants import (
     AllocationState,
     TransmissionFlag,
 )
-from nbd_protocol.negotiation import ExportInfo
+from nbd_protocol.negotiation import MAX_MIN_BLOCK_BYTES, ExportInfo
 from pynbd.block.backend import BlockBackend
 from pynbd.block.errors import OptionError
 from pynbd.block.extents import ChainExtent, Status
@@ -40,7 +41,7 @@ class Export:
         resize: whether clients may resize it (experimental in the protocol).
 
     Raises:
-        OptionError: the name is too long, or a bitmap does not exist.
+        OptionError: the name is too long, a bitmap does not exist, or `min_block` is no power of two up to 64 KiB.
     """
 
     def __init__(
@@ -57,6 +58,8 @@ class Export:
     ) -> None:
         if len(name.encode()) > MAX_EXPORT_NAME_BYTES:
             raise OptionError(f"export name {name[:40]!r}…: longer than {MAX_EXPORT_NAME_BYTES} bytes")
+        if min_block & (min_block - 1) or not 1 <= min_block <= MAX_MIN_BLOCK_BYTES:
+            raise OptionError(f"min-block: {min_block} is no power of two from 1 to {MAX_MIN_BLOCK_BYTES}")
         for bitmap in bitmaps:
             if bitmap not in backend.node.bitmaps:
                 known = ", ".join(backend.node.bitmaps) or "none"
@@ -129,21 +132,21 @@ class Export:
         Raises:
             OSError: what lies where could not be told.
         """
+        end = offset + length
         if context.startswith(META_QEMU_DIRTY_BITMAP_PREFIX):
             bitmap = self.backend.node.bitmaps[context.removeprefix(META_QEMU_DIRTY_BITMAP_PREFIX)]
             pairs = ((size, DIRTY if dirty else 0) for size, dirty in bitmap.extents(offset, length))
-            return list(joined(pairs, 1 if one else MAX_STATUS_EXTENTS))
-        told = depth_flags if context == META_QEMU_ALLOCATION_DEPTH else allocation_flags
+            most = 1 if one and self.min_block == 1 else MAX_STATUS_EXTENTS
+            return aligned(list(joined(pairs, most)), self.min_block, or_, length)
+        told, mixed = (depth_flags, nearest) if context == META_QEMU_ALLOCATION_DEPTH else (allocation_flags, and_)
         found: list[tuple[int, int]] = []
-        end = offset + length
         while offset < end and len(found) < MAX_STATUS_EXTENTS:
             extents = await self.backend.block_status(offset, end - offset)
             found.extend((extent.length, told(extent)) for extent in extents)
             offset += sum(extent.length for extent in extents)
-            if one and len({flags for _, flags in found}) > 1:
+            if one and any(told(extent) != found[0][1] for extent in extents):
                 break
-        whole = list(joined(found, MAX_STATUS_EXTENTS))
-        return aligned(whole, self.min_block) if self.min_block > 1 and told is allocation_flags else whole
+        return aligned(list(joined(found, MAX_STATUS_EXTENTS)), self.min_block, mixed, length)
 
 
 def allocation_flags(extent: ChainExtent) -> int:
@@ -174,26 +177,43 @@ def joined(pairs: Iterable[tuple[int, int]], most: int) -> Iterable[tuple[int, i
         yield size, last
 
 
-def aligned(extents: list[tuple[int, int]], block: int) -> list[tuple[int, int]]:
-    """`base:allocation` extents with every boundary at a multiple of `block`: a block of several kinds is data."""
+def nearest(one: int, other: int) -> int:
+    """`qemu:allocation-depth` of a block that has some of both: the layer nearest to the top that holds any of it."""
+    return min(one, other) or max(one, other)
+
+
+def aligned(
+    extents: list[tuple[int, int]], block: int, mixed: Callable[[int, int], int], length: int
+) -> list[tuple[int, int]]:
+    """Extents with every boundary at a multiple of `block`, but for the end of the range.
+
+    Args:
+        extents: (length, flags) from a multiple of `block` on; they may stop early.
+        block: bytes.
+        mixed: the flags of a block that has some of each; if these stop in the middle of one, 0 counts as the rest.
+        length: of the range.
+    """
+    if block == 1:
+        return extents
     result: list[tuple[int, int]] = []
     rest, flags_of_rest = 0, 0
-    for position, (length, flags) in enumerate(extents):
+    for size, flags in extents:
+        length -= size
         if rest:
-            # Fill the block that was begun; what it mixes can only be called data.
-            taken = min(block - rest, length)
+            # Fill the block that was begun.
+            taken = min(block - rest, size)
             rest += taken
-            length -= taken
-            flags_of_rest &= flags
-            if rest < block and position + 1 < len(extents):
+            size -= taken
+            flags_of_rest = mixed(flags_of_rest, flags)
+            if rest < block:
                 continue
             result.append((rest, flags_of_rest))
             rest = 0
-        whole = length - length % block
-        if whole:
-            result.append((whole, flags))
-        if length - whole:
-            rest, flags_of_rest = length - whole, flags
-    if rest:
+        if size >= block:
+            result.append((size - size % block, flags))
+        rest, flags_of_rest = size % block, flags
+    if rest and not length:
         result.append((rest, flags_of_rest))
+    elif rest and not result:
+        result.append((min(block, rest + length), mixed(flags_of_rest, 0)))
     return list(joined(result, len(result)))
