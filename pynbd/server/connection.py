@@ -135,7 +135,7 @@ class Connection:
         self.account = account
         self.in_flight = 0
         self.rules = ExportRules(
-            ready.info.size,
+            self.backend.size,  # not what the client was told: a resize may have come in between
             ready.info.flags,
             min_block=ready.info.min_block,
             max_payload=ready.info.max_payload,

@@ -49,6 +49,7 @@ async def negotiate(
         OSError: the connection is lost.
     """
     loop = asyncio.get_running_loop()
+    chosen: Export | None = None
     while True:
         try:
             event = negotiation.next_event()
@@ -60,12 +61,17 @@ async def negotiate(
             case NeedData.NEED_DATA:
                 negotiation.receive_data(await loop.sock_recv(sock, RECEIVE_BYTES))
             case Ready() as ready:
-                return Negotiated(ready, exports[ready.export_name], negotiation.trailing_data)
+                assert chosen is not None
+                return Negotiated(ready, chosen, negotiation.trailing_data)
             case Aborted():
                 return None
             case Closed(reason):
                 log.debug("handshake ended: %s", reason)
                 return None
+            case ExportQuery(name=name) if name in exports:
+                # The one whose size was told; by the time the answer has left, another may have its name.
+                chosen = exports[name]
+                negotiation.accept_export(chosen.info())
             case ListExports() | ExportQuery() | MetaContextQuery() | StartTls():
                 _answer(event, exports, negotiation)
 
@@ -79,10 +85,7 @@ def _answer(
         case ListExports():
             negotiation.send_export_list([(export.name, export.description) for export in exports.values()])
         case ExportQuery(name=name):
-            if name in exports:
-                negotiation.accept_export(exports[name].info())
-            else:
-                negotiation.refuse(OptionReplyType.ERR_UNKNOWN, unknown_export(name))
+            negotiation.refuse(OptionReplyType.ERR_UNKNOWN, unknown_export(name))
         case MetaContextQuery(option=option, export=name, queries=queries):
             if name in exports:
                 names = select_contexts(Option(option), queries, exports[name].contexts())
