@@ -302,9 +302,14 @@ class NbdServer:
         for connection in connections:
             connection.shut_down()
         left = await self._gone_within(connections, grace_s)
+        parked = [connection for connection in left if connection.backend.parked]
         for connection in left:
             log.warning("%s: %d requests did not end within %g s", connection.peer, connection.in_flight, grace_s)
             connection.backend.shutdown()
+        # What was parked ends now, and its clients are told; nothing else will.
+        await self._gone_within(parked, ABORT_GRACE_S)
+        left = [connection for connection in left if connection in self.connections]
+        for connection in left:
             connection.abort()
         for connection in await self._gone_within(left, ABORT_GRACE_S):
             log.error("%s: %d requests are still in flight", connection.peer, connection.in_flight)
