@@ -67,16 +67,21 @@ def all_drivers() -> list[DriverFacts]:
     found = []
     for name in registry.all_names():
         try:
-            found.append(describe(registry.driver_class(name)))
+            found.append(describe(registry.driver_class(name), name))
         except OptionError as problem:
             found.append(DriverFacts(name, problem=str(problem)))
     return found
 
 
-def describe(kind: type[Driver]) -> DriverFacts:
-    """The facts about one driver."""
+def describe(kind: type[Driver], name: str = "") -> DriverFacts:
+    """The facts about one driver.
+
+    Args:
+        kind: its class.
+        name: under which it is registered, if that is not its own.
+    """
     return DriverFacts(
-        name=kind.name,
+        name=name or kind.name,
         kind="filter" if issubclass(kind, Filter) else "format" if kind.is_format else "storage",
         summary=paragraphs(kind.__doc__)[0],
         limits=_limits_of(kind),

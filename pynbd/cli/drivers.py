@@ -39,7 +39,11 @@ def run(arguments: argparse.Namespace) -> int:
     from pynbd.cli.failure import told
 
     try:
-        found = [describe(driver_class(arguments.name))] if arguments.name else all_drivers()
+        found = (
+            [describe(driver_class(arguments.name), registered_name(arguments.name))]
+            if arguments.name
+            else all_drivers()
+        )
     except OptionError as problem:
         print(f"pynbd drivers: {told(problem)}", file=sys.stderr)
         return 1
@@ -55,6 +59,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def registered_name(name: str) -> str:
+    """The name that a driver is listed under, when it was asked for by this one; "" for one in a file."""
+    from pynbd.block.registry import ALIASES, is_python_file
+
+    return "" if is_python_file(name) else ALIASES.get(name, name)
+
+
 def print_schema(name: str, found: Sequence[DriverFacts]) -> int:
     """Print the schema of all drivers, and of one in a Python file if that was named; the exit status.
 
@@ -64,14 +75,14 @@ def print_schema(name: str, found: Sequence[DriverFacts]) -> int:
     from pynbd.cli.driver_reference import all_drivers
     from pynbd.cli.options_schema import schema_of
 
-    named = [driver_class(name)] if is_python_file(name) else []
+    named = {name: driver_class(name)} if is_python_file(name) else {}
     known = all_drivers() if name else found
     for driver in known:
         if driver.problem:
             print(f"pynbd drivers: {driver.problem}", file=sys.stderr)
-    schema = schema_of([*named, *(driver_class(driver.name) for driver in known if not driver.problem)])
+    schema = schema_of(named | {driver.name: driver_class(driver.name) for driver in known if not driver.problem})
     if name:
-        title = found[0].name
+        title = name if named else found[0].name
         schema |= {"title": title, "$ref": schema["$defs"]["BlockdevOptions"]["discriminator"]["mapping"][title]}
     print(json.dumps(schema, indent=2, ensure_ascii=False))
     return 0

@@ -4,7 +4,7 @@
 the name of a node that is open. The names are QEMU's.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -23,13 +23,13 @@ SIZE_TEXT = {"type": "string", "pattern": r"^\s*(0[xX][0-9a-fA-F]+|[0-9]+(\.[0-9
 """A size with a suffix, as text."""
 
 
-def schema_of(kinds: Iterable[type[Driver]]) -> dict[str, Any]:
+def schema_of(kinds: Mapping[str, type[Driver]]) -> dict[str, Any]:
     """The schema of the options of these drivers.
 
     Args:
-        kinds: the drivers; their children may be nodes of any of them.
+        kinds: the drivers by name; their children may be nodes of any of them.
     """
-    drivers = sorted(kinds, key=lambda kind: kind.name)
+    drivers = list(dict.fromkeys(kinds[name] for name in sorted(kinds)))
     structs = list(dict.fromkeys(struct for kind in drivers for struct in structs_in(kind.Options)))
     references, components = msgspec.json.schema_components(structs, ref_template=REFERENCE)
     names = [str(reference["$ref"]).removeprefix(REFERENCE.format(name="")) for reference in references]
@@ -40,9 +40,11 @@ def schema_of(kinds: Iterable[type[Driver]]) -> dict[str, Any]:
     mapping: dict[str, str] = {}
     for kind in drivers:
         own = f"BlockdevOptions{kind.__name__}"
-        definitions[own] = _with_children(components[name_of[kind.Options]], kind)
-        for name in driver_names(kind):
-            mapping[name] = REFERENCE.format(name=own)
+        while own in definitions:
+            own += "_"
+        names_of_kind = driver_names(kind, kinds)
+        definitions[own] = _with_children(components[name_of[kind.Options]], kind, names_of_kind)
+        mapping |= dict.fromkeys(names_of_kind, REFERENCE.format(name=own))
     definitions["BlockdevOptions"] = {
         "description": "A node: its driver, and that driver's options.",
         "oneOf": [{"$ref": reference} for reference in dict.fromkeys(mapping.values())],
@@ -57,9 +59,10 @@ def schema_of(kinds: Iterable[type[Driver]]) -> dict[str, Any]:
     }
 
 
-def driver_names(kind: type[Driver]) -> list[str]:
-    """A driver's name, and the others that it goes by."""
-    return [kind.name, *(alias for alias, name in ALIASES.items() if name == kind.name)]
+def driver_names(kind: type[Driver], kinds: Mapping[str, type[Driver]]) -> list[str]:
+    """The names that a driver is registered under, and the others that it goes by."""
+    names = [name for name, registered in kinds.items() if registered is kind]
+    return [*names, *(alias for alias, name in ALIASES.items() if name in names)]
 
 
 def structs_in(kind: Any) -> Iterator[type[msgspec.Struct]]:
@@ -114,9 +117,8 @@ def written_as_text(info: msgspec.inspect.Type) -> dict[str, Any] | None:
     return None
 
 
-def _with_children(component: dict[str, Any], kind: type[Driver]) -> dict[str, Any]:
+def _with_children(component: dict[str, Any], kind: type[Driver], names: list[str]) -> dict[str, Any]:
     """The options of one driver: those of its struct, its name, and its children."""
-    names = driver_names(kind)
     properties = dict(component["properties"])
     properties["driver"] = {"description": "the driver's name", "enum": names}
     aliases = {child: [name for name, own in kind.child_aliases.items() if own == child] for child in kind.children}
@@ -131,7 +133,7 @@ def _with_children(component: dict[str, Any], kind: type[Driver]) -> dict[str, A
             required.append(child)
     return {
         **component,
-        "title": kind.name,
+        "title": names[0],
         "description": paragraphs(kind.__doc__)[0],
         "properties": properties,
         "required": required,

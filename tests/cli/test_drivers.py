@@ -18,6 +18,9 @@ from pynbd.cli.options_schema import schema_of
 
 Run = Callable[..., str]
 
+BUILT_IN = sorted(name for name, target in registry.BUILT_IN.items() if target.startswith("pynbd."))
+"""Without those that other tests may have registered."""
+
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
@@ -36,17 +39,15 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_list_has_a_line_for_each_driver(run: Run) -> None:
     lines = run().splitlines()
-    for name in registry.BUILT_IN:
+    for name in BUILT_IN:
         assert any(re.match(rf"{name}(, [\w-]+)*  +(storage|format|filter)  +\S", line) for line in lines), name
     assert all(len(line) <= 100 for line in lines)
 
 
 def test_every_built_in_driver_and_option_is_explained() -> None:
-    silent = [
-        f"{driver.name}: {option.name}" for driver in all_drivers() for option in driver.options if not option.summary
-    ]
-    assert silent == []
-    assert [driver.name for driver in all_drivers() if not driver.summary or driver.problem] == []
+    drivers = [driver for driver in all_drivers() if driver.name in BUILT_IN]
+    assert [f"{driver.name}: {o.name}" for driver in drivers for o in driver.options if not o.summary] == []
+    assert [driver.name for driver in drivers if not driver.summary or driver.problem] == []
 
 
 def test_one_driver(run: Run) -> None:
@@ -124,7 +125,7 @@ def test_a_narrow_terminal_wraps_the_last_column_only() -> None:
 
 def test_json(run: Run) -> None:
     found = {driver["name"]: driver for driver in json.loads(run("--json"))}
-    assert set(found) == set(registry.BUILT_IN)
+    assert set(BUILT_IN) <= set(found)
     assert json.loads(run("--json", "overlay")) == found["overlay"]
     assert found["overlay"]["children"] == [
         {"name": "file", "aliases": [], "optional": False, "writable": True},
@@ -135,7 +136,7 @@ def test_json(run: Run) -> None:
 
 
 def definitions() -> dict[str, Any]:
-    kinds = [registry.driver_class(name) for name in registry.BUILT_IN]
+    kinds = {name: registry.driver_class(name) for name in BUILT_IN}
     found: dict[str, Any] = json.loads(json.dumps(schema_of(kinds)))["$defs"]
     return found
 
@@ -156,7 +157,7 @@ def test_every_reference_resolves() -> None:
     assert {reference.removeprefix("#/$defs/") for reference in references(found)} <= set(found)
 
 
-@pytest.mark.parametrize("name", sorted(registry.BUILT_IN))
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_the_schema_has_exactly_the_options_and_children(name: str) -> None:
     kind = registry.driver_class(name)
     schema = definitions()[f"BlockdevOptions{kind.__name__}"]
