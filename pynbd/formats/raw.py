@@ -110,6 +110,11 @@ class Raw(Driver):
             )
         return self.options.offset + offset
 
+    def write_now(self, offset: int, data: memoryview) -> bool:
+        if offset + len(data) > self.size or self._events_are_heard():
+            return False
+        return self.file.write_now(self.options.offset + offset, data)
+
     async def block_status(self, offset: int, length: int) -> Sequence[Extent]:
         return await self.file.block_status(self.options.offset + offset, length)
 

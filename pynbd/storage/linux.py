@@ -221,10 +221,11 @@ class _Cachestats:
 
 
 def resident_bytes(fd: int, offset: int, length: int) -> int | None:
-    """How many bytes of the pages that a range touches are in the page cache.
+    """How much of a range is in the page cache.
 
     Returns:
-        a multiple of the page size: at least `length` if all of the range is there. None where the kernel can't tell.
+        `length` if every page that the range touches is there, and less otherwise: what is surely there. None where
+        the kernel (or the file) can't tell.
     """
     if not _Cachestats.available:
         return None
@@ -234,4 +235,5 @@ def resident_bytes(fd: int, offset: int, length: int) -> int | None:
         if ctypes.get_errno() in (errno.ENOSYS, errno.EPERM):
             _Cachestats.available = False
         return None
-    return int(found.cached) * PAGE_BYTES
+    touched = (offset + length - 1) // PAGE_BYTES - offset // PAGE_BYTES + 1
+    return max(length - (touched - int(found.cached)) * PAGE_BYTES, 0)

@@ -5,6 +5,7 @@ it takes one system call without a coroutine. (A dict of blocks in Python writes
 run a coroutine for each read and copy the bytes once more.)
 """
 
+import errno
 import os
 from collections.abc import Sequence
 
@@ -57,9 +58,13 @@ class Memory(Driver):
             done += got
 
     async def write(self, offset: int, data: memoryview, flags: int) -> None:
-        fd, end, done = self._fd, offset + len(data), os.pwrite(self._fd, data, offset)
-        while offset + done < end:
-            done += os.pwrite(fd, data[done:], offset + done)
+        fd, end, done = self._fd, offset + len(data), 0
+        try:
+            while offset + done < end:
+                done += os.pwrite(fd, data[done:], offset + done)
+        except OSError as problem:  # no memory left
+            what = f"write at {offset} for {len(data)} bytes"
+            raise errors.io_error(problem.errno or errno.ENOMEM, self.node.name, what) from problem
         if end > self.size:
             self._grown(end)
 

@@ -218,6 +218,38 @@ async def test_located_bytes_are_the_disk(kind: str, tmp_path: Path, open_disk: 
         assert backend.node.driver.located_for_good()
 
 
+@pytest.mark.parametrize("kind", DISKS)
+async def test_small_writes_in_place(kind: str, tmp_path: Path, open_disk: OpenDisk) -> None:
+    """What `write_now` says it has written is written; it never goes beyond the disk, and never with O_DIRECT."""
+    async with open_disk(DISKS[kind](make_file(tmp_path))) as backend:
+        taken = backend.write_now(5000, memoryview(b"here"))
+        assert taken == ("direct" not in kind)
+        assert not backend.write_now(backend.size - 2, memoryview(b"over"))
+        assert not backend.node.path.write_now(backend.size, memoryview(b"over"))
+        into = memoryview(bytearray(6))
+        await backend.read(4999, into)
+        assert into.tobytes() == (b"\0here\0" if taken else bytes(6))
+        await backend.read(backend.size - 6, into)
+        assert into.tobytes() == bytes(6)
+
+
+@pytest.mark.parametrize("kind", ["memory", "file"])
+async def test_a_write_in_place_that_fails_is_left_to_write(
+    kind: str, tmp_path: Path, open_disk: OpenDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It raises nothing; `write` meets the same and names node, place and length."""
+
+    def full(fd: int, data: memoryview, offset: int) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async with open_disk(DISKS[kind](make_file(tmp_path))) as backend:
+        monkeypatch.setattr(os, "pwrite", full)
+        assert not backend.write_now(0, memoryview(b"x"))
+        with pytest.raises(OSError, match=r"write at 0 for 1 bytes: No space left on device") as caught:
+            await backend.write(0, memoryview(b"x"))
+        assert caught.value.errno == errno.ENOSPC
+
+
 async def test_direct_disks_are_not_located(tmp_path: Path, open_disk: OpenDisk) -> None:
     """A read with O_DIRECT always waits."""
     async with open_disk(DISKS["file-direct"](make_file(tmp_path))) as backend:
