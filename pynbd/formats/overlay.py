@@ -192,6 +192,17 @@ class Overlay(Driver):
             self._check_inside(offset, end)
             await self._write_alone(offset, data)
 
+    def write_now(self, offset: int, data: memoryview) -> bool:
+        end = offset + len(data)
+        return self._is_data(offset, end) and not self._is_changing(offset, end) and self.file.write_now(offset, data)
+
+    def _is_changing(self, offset: int, end: int) -> bool:
+        """Whether somebody is at work on what the map says of these bytes' clusters, or waits to be."""
+        return any(
+            request.serialising and request.offset < end and offset < request.end
+            for request in self._requests.in_flight
+        )
+
     async def _write_alone(self, offset: int, data: memoryview) -> None:
         """Write where nobody else is at work, and take clusters into the file as needed."""
         for state, start, stop in self._runs(offset, offset + len(data)):

@@ -383,6 +383,31 @@ async def test_a_write_finds_its_cluster_discarded_when_its_turn_comes(graph: Gr
     assert await content(node, 0, CLUSTER) == b"\0\0\0\0\0b" + bytes(CLUSTER - 6)
 
 
+async def test_writes_in_place(graph: Graph) -> None:
+    """Into clusters of the file, unless somebody is changing their state."""
+    node = await graph.open(
+        {
+            "driver": "overlay",
+            "cluster-size": CLUSTER,
+            "file": {"driver": "memory", "size": SIZE},
+            "backing": {"driver": "delay", "read": 0.001, "file": {"driver": RESTLESS, "size": SIZE, "seed": 2}},
+            "discard": "unmap",
+        }
+    )
+    now = node.path.write_now
+    assert not now(5, memoryview(b"x"))
+    await node.path.write(0, memoryview(b"a" * CLUSTER), 0)
+    assert now(5, memoryview(b"x"))
+    assert await content(node, 0, 10) == b"aaaaaxaaaa"
+    assert not now(CLUSTER - 1, memoryview(b"xy"))
+    copying = asyncio.create_task(node.path.write(CLUSTER - 1, memoryview(b"xy"), 0))
+    await asyncio.sleep(0)
+    assert not now(5, memoryview(b"y"))
+    await copying
+    assert now(CLUSTER - 1, memoryview(b"yx"))
+    assert await content(node, CLUSTER - 2, 3) == b"ayx"
+
+
 @pytest.mark.parametrize("event", ["cow_write", "cow_read", "cluster_alloc"])
 async def test_a_failed_allocation_changes_nothing(graph: Graph, event: str) -> None:
     rules = [{"event": event, "errno": errno.ENOSPC, "once": True}]
