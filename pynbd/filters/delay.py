@@ -99,6 +99,7 @@ WAITS_FOR = {
     "read": "read",
     "locate": "read",
     "write": "write",
+    "write_now": "write",
     "write_zeroes": "zero",
     "discard": "trim",
     "flush_to_disk": "flush",
