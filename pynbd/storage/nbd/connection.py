@@ -375,16 +375,17 @@ class Connection:
         self._socket.close()
 
     def close(self) -> None:
-        """Say goodbye and close the socket; nothing may be in flight."""
+        """Say goodbye and close the socket. Nothing should be in flight; what is, fails with ESHUTDOWN."""
         if self._closed:
             return
-        assert not self._requests, f"{self.name}: {len(self._requests)} requests in flight"
         try:
             _, buffers = self._transmission.request(Command.DISC)
             self._socket.sendmsg(buffers)
         except (OSError, RemoteProtocolError, LocalProtocolError):
             pass  # a server that is gone needs no goodbye
         self._close_socket()
+        for request in [*self._answered_early, *self._refused, *self._requests.values()]:
+            request.fail(errno.ESHUTDOWN, f"{self.name}: {request}: the node was closed")
 
 
 def fill_zeroes(into: memoryview, start: int, length: int) -> None:

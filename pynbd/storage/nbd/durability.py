@@ -18,13 +18,18 @@ class Durability:
         self.lost = False
         """Whether a server went away that had answered more than was flushed, and no flush has failed for it yet."""
 
+    @property
+    def unflushed(self) -> bool:
+        """Whether a flush has anything to do."""
+        return self.answered > self.flushed
+
     def flush_answered(self, answered_before: int) -> None:
         """A flush succeeded that was sent when so many writes had been answered."""
         self.flushed = max(self.flushed, answered_before)
 
     def connection_lost(self) -> None:
         """A connection broke; behind it may be a server that has forgotten."""
-        self.lost = self.lost or self.answered > self.flushed
+        self.lost = self.lost or self.unflushed
 
     def told(self) -> None:
         """A flush has failed: whoever needed those writes knows it."""

@@ -1,7 +1,7 @@
 """A connection that is made again when it is lost, and the requests that wait for that."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from enum import Enum
 from errno import EIO, ESHUTDOWN
@@ -107,9 +107,11 @@ class Link:
     def submit(self, request: Request) -> None:
         """See to it that a request is answered: by the server, or with an error."""
         if request.command is Command.FLUSH and self._durability.lost:
-            self._fail_flush(request)
+            self._end_flushes([request])
         elif self._connection is not None and not self._connection.leaving:
             self._send(self._connection, request)
+        elif request.command is Command.FLUSH and not self._durability.unflushed:
+            self._end_flushes([request])
         elif self.state is LinkState.CLOSED:
             request.fail(ESHUTDOWN, f"{self.name}: {request}: the node is closed")
         else:
@@ -123,22 +125,25 @@ class Link:
         except LocalProtocolError as problem:
             request.fail(EIO, f"{self.name}: {request}: {problem}")
 
-    def _fail_flush(self, request: Request) -> None:
-        self._durability.told()
-        request.fail(
-            EIO,
-            f"{self.name}: the connection was lost before writes that the server had answered were flushed; "
-            f"they may be lost",
-        )
+    def _end_flushes(self, requests: Sequence[Request]) -> None:
+        """Answer flushes without a server: one that comes back would say yes, whatever it has forgotten."""
+        for request in requests:
+            if self._durability.lost:
+                request.fail(
+                    EIO,
+                    f"{self.name}: the connection was lost before writes that the server had answered were flushed; "
+                    f"they may be lost",
+                )
+            else:
+                request.settle(self.name)  # nothing was written that was not flushed
+        if requests:
+            self._durability.told()
 
     def _lost(self, connection: Connection, reason: str, unanswered: list[Request]) -> None:
         """The connection broke: try again with what it has not answered, or fail it."""
         self._connection = None
-        flushes = [request for request in unanswered if request.command is Command.FLUSH]
-        if flushes and self._durability.lost:
-            for request in flushes:
-                self._fail_flush(request)
-            unanswered = [request for request in unanswered if request.command is not Command.FLUSH]
+        self._end_flushes([request for request in unanswered if request.command is Command.FLUSH])
+        unanswered = [request for request in unanswered if request.command is not Command.FLUSH]
         self._waiting = unanswered + self._waiting
         self.state = LinkState.DOWN
         if not self._reconnect_delay_s:
@@ -169,7 +174,7 @@ class Link:
         waiting, self._waiting = self._waiting, []
         for request in waiting:
             if request.command is Command.FLUSH and self._durability.lost:
-                self._fail_flush(request)
+                self._end_flushes([request])
             else:
                 self._send(connection, request)
 
