@@ -8,7 +8,6 @@ import pytest
 import pytest_asyncio
 
 from pynbd.block import registry
-from pynbd.block.backend import BlockBackend
 from pynbd.block.graph import Graph
 from tests.block import drivers
 
@@ -35,9 +34,4 @@ async def graph() -> AsyncIterator[Graph]:
     """A graph that is closed at the end, users and all."""
     graph = Graph()
     yield graph
-    for node in list(graph.nodes.values()):
-        for edge in list(node.parents):
-            if isinstance(edge.parent, BlockBackend):
-                graph.detach(edge.parent)
-    await graph.close_all()
-    assert not graph.nodes
+    await drivers.close(graph)

@@ -408,9 +408,22 @@ async def opened(description: Mapping[str, Any] | None = None, **options: Any) -
     node = await graph.open(description or {"driver": "model", **options})
     try:
         yield graph, node
-    finally:
-        for each in list(graph.nodes.values()):
-            for edge in [edge for edge in each.parents if isinstance(edge.parent, BlockBackend)]:
-                graph.detach(cast(BlockBackend, edge.parent))
-        await graph.close_all()
-        assert not graph.nodes
+    except BaseException:
+        OPEN_DRIVERS.clear()  # what failed may still be at work
+        raise
+    await close(graph)
+
+
+async def close(graph: Graph) -> None:
+    """Close a graph, users and all."""
+    for each in list(graph.nodes.values()):
+        for edge in list(each.parents):
+            if isinstance(edge.parent, BlockBackend):
+                graph.detach(edge.parent)
+    await graph.close_all()
+    assert not graph.nodes
+
+
+def is_paused(backend: BlockBackend) -> bool:
+    """Whether requests are parked, for tests that ask several times."""
+    return backend.paused
