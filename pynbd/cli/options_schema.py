@@ -19,7 +19,10 @@ REFERENCE = "#/$defs/{name}"
 
 BLOCKDEV_REF = {"$ref": REFERENCE.format(name="BlockdevRef")}
 
-SIZE_TEXT = {"type": "string", "pattern": r"^\s*(0[xX][0-9a-fA-F]+|[0-9]+(\.[0-9]*)?[bBkKmMgGtTpPeE]?)\s*$"}
+SIZE_TEXT = {
+    "type": "string",
+    "pattern": r"^\s*(0[xX][0-9a-fA-F]{1,20}|([0-9]{1,20}(\.[0-9]{0,20})?|\.[0-9]{1,20})[bBkKmMgGtTpPeE]?)\s*$",
+}
 """A size with a suffix, as text."""
 
 

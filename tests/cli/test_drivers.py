@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pynbd.block import registry
 from pynbd.block.errors import OptionError
 from pynbd.block.graph import Graph, field_names
+from pynbd.block.options import parse_size
 from pynbd.cli import main
 from pynbd.cli.driver_reference import all_drivers, describe, size_text
 from pynbd.cli.drivers import table
-from pynbd.cli.options_schema import schema_of
+from pynbd.cli.options_schema import SIZE_TEXT, schema_of
 
 Run = Callable[..., str]
 
@@ -249,6 +252,19 @@ def test_schema_and_graph_agree(tree: dict[str, Any], right: bool) -> None:
     else:
         with pytest.raises(OptionError):
             Graph().check(tree, known=["some-node"])
+
+
+@given(st.from_regex(SIZE_TEXT["pattern"], fullmatch=True) | st.text("0123456789.xkMGb ", max_size=8))
+def test_the_schema_s_sizes_are_the_options_own(text: str) -> None:
+    """What is out of range, or part of a byte, no pattern can tell."""
+    try:
+        parse_size(text)
+    except OptionError as problem:
+        told = str(problem)
+        right = "is out of range" in told or "parts of bytes" in told
+    else:
+        right = True
+    assert valid(text, SIZE_TEXT, {}) == right
 
 
 def test_facts_come_from_the_class_itself() -> None:
