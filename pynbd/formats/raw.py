@@ -1,6 +1,8 @@
 """`raw`: the bytes of a file as they are, or those of a part of it.
 
 Without `offset` and `size` the node is not on the data path at all: requests go straight to its child.
+
+Limits: none; a disk whose `size` was given can't be resized.
 """
 
 import errno

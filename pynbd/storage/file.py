@@ -2,6 +2,9 @@
 
 What is in the page cache is read in place; what is not, and everything that may take long, is done by threads, so
 that the event loop never waits for a disk.
+
+Limits: Linux only; holes are found, and space is given back, where the file system can do so; a device tells nothing
+of holes and can't be resized from here.
 """
 
 import errno

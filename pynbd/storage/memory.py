@@ -3,6 +3,8 @@
 It is a memfd, an unnamed file on a file system in memory: holes, punching and `locate` come with it, and reading
 it takes one system call without a coroutine. (A dict of blocks in Python writes 4 KiB a microsecond faster, but must
 run a coroutine for each read and copy the bytes once more.)
+
+Limits: what it held is gone when it is closed.
 """
 
 import errno

@@ -1,4 +1,7 @@
-"""`null` (QEMU's `null-co` and `null-aio`): a disk that swallows what is written and reads as zeroes."""
+"""`null` (QEMU's `null-co` and `null-aio`): a disk that swallows what is written and reads as zeroes.
+
+Limits: what is written is lost at once.
+"""
 
 import asyncio
 import os
