@@ -222,12 +222,17 @@ def _undotted(tree: Any, depth: int) -> Any:
     return _lists(result)
 
 
+def _owner(driver: str) -> str:
+    """Whose options they are: a driver's, or those of a table of a file that is no driver's (`[server]`)."""
+    return f"table {driver}" if driver.startswith("[") else f"driver {driver!r}"
+
+
 def unknown_option(path: str, key: str, driver: str, allowed: Sequence[str]) -> OptionError:
     """The error for a key that a driver does not know: with what it knows, and the nearest of it."""
     near = difflib.get_close_matches(key, allowed, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return OptionError(
-        f"{path}{key}: driver {driver!r} has no such option{hint}; it takes: {', '.join(sorted(allowed))}"
+        f"{path}{key}: {_owner(driver)} has no such option{hint}; it takes: {', '.join(sorted(allowed))}"
     )
 
 
@@ -238,7 +243,7 @@ def convert(tree: Mapping[str, Any], kind: type[AnyOptions], *, path: str = "", 
         tree: the values, by option name.
         kind: the struct of options.
         path: what to put before option names in messages: `file.server.`.
-        driver: the driver's name, for messages.
+        driver: the driver's name, for messages; or that of a table in brackets: `[server]`.
 
     Raises:
         OptionError: naming the option, the driver, and what was allowed.
@@ -251,7 +256,7 @@ def convert(tree: Mapping[str, Any], kind: type[AnyOptions], *, path: str = "", 
         values[key] = _typed(value, msgspec.inspect.type_info(fields[key].type), path + key, driver)
     for name, field in fields.items():
         if field.required and name not in values:
-            raise OptionError(f"{path}{name}: driver {driver!r} needs this option")
+            raise OptionError(f"{path}{name}: {_owner(driver)} needs this option")
     try:
         return msgspec.convert(values, kind, strict=False)
     except (msgspec.ValidationError, ValueError) as problem:
@@ -261,7 +266,7 @@ def convert(tree: Mapping[str, Any], kind: type[AnyOptions], *, path: str = "", 
 def _explained(problem: str, path: str, driver: str) -> str:
     what, _, where = problem.partition(" - at `$.")
     option = path + where.rstrip("`") if where else path.rstrip(".")
-    return f"{option}: {what[:1].lower()}{what[1:]} (driver {driver!r})" if option else f"driver {driver!r}: {problem}"
+    return f"{option}: {what[:1].lower()}{what[1:]} ({_owner(driver)})" if option else f"{_owner(driver)}: {problem}"
 
 
 def _typed(value: Any, info: msgspec.inspect.Type, path: str, driver: str) -> Any:
@@ -277,7 +282,7 @@ def _typed(value: Any, info: msgspec.inspect.Type, path: str, driver: str) -> An
         return parse_switch(value, what=path)
     if isinstance(info, msgspec.inspect.LiteralType) and value not in info.values:
         allowed = ", ".join(repr(v) for v in info.values)
-        raise OptionError(f"{path}: {value!r} is not one of {allowed} (driver {driver!r})")
+        raise OptionError(f"{path}: {value!r} is not one of {allowed} ({_owner(driver)})")
     if isinstance(info, msgspec.inspect.StructType) and isinstance(value, Mapping):
         return convert(value, info.cls, path=path + ".", driver=driver)
     if isinstance(info, msgspec.inspect.ListType | msgspec.inspect.VarTupleType) and isinstance(value, list):
