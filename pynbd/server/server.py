@@ -286,16 +286,21 @@ class NbdServer:
             self._loop.remove_reader(sock)
             sock.close()
         self._listeners.clear()
-        for path, inode in self._unlink:
-            with contextlib.suppress(OSError):
-                if path.stat().st_ino == inode:
-                    path.unlink()
+        self.unlink_sockets()
         for task in list(self._handshakes):
             task.cancel()
         await asyncio.gather(*self._handshakes, return_exceptions=True)
         await self._send_away(list(self.connections), grace_s)
         if self._stall_timer is not None:
             self._stall_timer.cancel()
+
+    def unlink_sockets(self) -> None:
+        """Remove the Unix sockets of this server, unless another one has taken their places."""
+        for path, inode in self._unlink:
+            with contextlib.suppress(OSError):
+                if path.stat().st_ino == inode:
+                    path.unlink()
+        self._unlink.clear()
 
     async def _send_away(self, connections: list[Connection], grace_s: float) -> None:
         """Shut connections down, and wait until their last requests have ended."""
