@@ -18,9 +18,10 @@ bitmaps = ["backup"]
 """
 
 import os
+import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -30,6 +31,26 @@ from pynbd.block.errors import OptionError
 
 MAX_CONFIG_BYTES = 4 << 20
 """A configuration file larger than this is a mistake."""
+
+MAX_CONFIGURED_CLIENTS = 1_000_000
+"""More descriptors than any process has."""
+
+MAX_MIN_BLOCK_BYTES = 65536
+"""The largest minimum block size that the specification allows."""
+
+MAX_SOCKET_PATH_BYTES = 107
+"""What the kernel takes as the name of a Unix socket, without the NUL at its end."""
+
+MAX_PORT = 65535
+
+HOST_AND_PORT = re.compile(
+    r"(?P<bare_v6>[^\[\]:]*:[^\[\]:]*:[^\[\]]*)"
+    r"|(?:\[(?P<bracketed>[^\[\]]+)\]|(?P<host>[^\[\]:]*))(?::(?P<port>.*))?",
+    re.DOTALL,
+)
+"""An address; what has two colons and no brackets is one of IPv6 without a port."""
+
+TOML_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 CacheMode = Literal["none", "writeback", "writethrough", "directsync", "unsafe"]
 
@@ -45,7 +66,7 @@ class ListenOptions(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """
 
     listen: tuple[str, ...] = ()
-    max_clients: int = 0
+    max_clients: Annotated[int, msgspec.Meta(ge=0, le=MAX_CONFIGURED_CLIENTS)] = 0
     structured_replies: options.OnOff = True
     extended_headers: options.OnOff = True
     payload_memory: options.Size = 64 << 20
@@ -86,8 +107,8 @@ class ExportOptions(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     resize: options.OnOff = False
 
     def __post_init__(self) -> None:
-        if self.min_block & (self.min_block - 1) or not 1 <= self.min_block <= 65536:
-            raise OptionError(f"min-block: {self.min_block} is no power of two from 1 to 65536")
+        if self.min_block & (self.min_block - 1) or not 1 <= self.min_block <= MAX_MIN_BLOCK_BYTES:
+            raise ValueError(f"min-block: {self.min_block} is no power of two from 1 to {MAX_MIN_BLOCK_BYTES}")
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,21 +140,34 @@ def parse_address(text: str) -> Address:
         OptionError: it is none of them.
     """
     if text.startswith("unix:"):
-        path = text.removeprefix("unix:")
-        if not path or len(os.fsencode(path)) > 107:
-            raise OptionError(f"listen: {text!r}: a Unix socket's path has 1 to 107 bytes")
-        return Address(path=path)
-    host, colon, port = text.rpartition(":")
-    if text.startswith("["):
-        host, _, rest = text[1:].partition("]")
-        colon, port = rest[:1], rest[1:]
-    elif not colon or ":" in host:
-        host, colon, port = text, "", ""
-    if not colon:
+        return Address(path=_socket_path(text.removeprefix("unix:")))
+    parts = HOST_AND_PORT.fullmatch(text)
+    if parts is None:
+        raise OptionError(f"{text!r} is no address: write HOST:PORT, [V6]:PORT, HOST, :PORT or unix:PATH")
+    host = parts["bracketed"] or parts["bare_v6"] or parts["host"] or ""
+    port = parts["port"]
+    if port is None:
         return Address(host=host)
-    if not port.isdecimal() or int(port) > 65535:
-        raise OptionError(f"listen: {text!r}: {port!r} is no port (0 to 65535)")
+    if not (port.isascii() and port.isdecimal() and len(port) <= 5 and int(port) <= MAX_PORT):
+        raise OptionError(f"{text!r}: {port!r} is no port (0 to {MAX_PORT})")
     return Address(host=host, port=int(port))
+
+
+def _socket_path(path: str) -> str:
+    """A path that the kernel takes, and that a URI can say.
+
+    Raises:
+        OptionError: it is none.
+    """
+    length = len(os.fsencode(path))
+    if not 0 < length <= MAX_SOCKET_PATH_BYTES or "\0" in path:
+        raise OptionError(
+            f"{path!r}: the path of a Unix socket has 1 to {MAX_SOCKET_PATH_BYTES} bytes, none of them NUL; "
+            f"this one has {length}"
+        )
+    if any(0xD800 <= ord(letter) <= 0xDFFF for letter in path):
+        raise OptionError(f"{path!a}: the path of a socket must be UTF-8, for that is how URIs say it")
+    return path
 
 
 def load(filename: str) -> Config:
@@ -143,7 +177,8 @@ def load(filename: str) -> Config:
         OptionError: it can't be read, is no TOML, or says something wrong: which file, which key, what was allowed.
     """
     try:
-        raw = Path(filename).read_bytes()[: MAX_CONFIG_BYTES + 1]
+        with Path(filename).open("rb") as file:
+            raw = file.read(MAX_CONFIG_BYTES + 1)
     except OSError as problem:
         raise OptionError(f"{filename}: {problem.strerror}") from problem
     if len(raw) > MAX_CONFIG_BYTES:
@@ -166,26 +201,34 @@ def from_tree(tree: dict[str, Any]) -> Config:
     """
     for key in tree:
         if key not in ("server", "node", "export"):
-            raise OptionError(f"{key}: there are only the tables server, node and export")
-    exports = _table(tree, "export")
+            raise OptionError(f"{key}: there are only the tables [server], [[node]] and [export.NAME]")
+    exports = _table(tree, "export", "export")
     nodes = tree.get("node", [])
     if not isinstance(nodes, list) or not all(isinstance(node, dict) for node in nodes):
         raise OptionError("node: expected tables, written [[node]]")
     for number, node in enumerate(nodes, 1):
-        if not node.get("node-name"):
-            raise OptionError(f"node: table number {number} has no node-name")
+        name = node.get("node-name")
+        if not isinstance(name, str) or not name:
+            raise OptionError(f"node: the table number {number} needs a node-name, found {name!r}")
     return Config(
-        server=options.convert(_table(tree, "server"), ListenOptions, path="server.", driver="server"),
+        server=options.convert(_table(tree, "server", "server"), ListenOptions, path="server.", driver="[server]"),
         nodes=tuple(nodes),
-        exports={
-            name: options.convert(_table(exports, name), ExportOptions, path=f"export.{name}.", driver="export")
-            for name in exports
-        },
+        exports={name: _export(exports, name) for name in exports},
     )
 
 
-def _table(tree: dict[str, Any], name: str) -> dict[str, Any]:
+def _export(exports: dict[str, Any], name: str) -> ExportOptions:
+    path = f"export.{toml_key(name)}"
+    return options.convert(_table(exports, name, path), ExportOptions, path=f"{path}.", driver=f"[{path}]")
+
+
+def toml_key(name: str) -> str:
+    """A name as a key in TOML."""
+    return name if TOML_BARE_KEY.fullmatch(name) else msgspec.json.encode(name).decode()
+
+
+def _table(tree: dict[str, Any], name: str, path: str) -> dict[str, Any]:
     table = tree.get(name, {})
     if not isinstance(table, dict):
-        raise OptionError(f"{name}: expected a table, found {table!r}")
+        raise OptionError(f"{path}: expected a table, found {table!r}")
     return table

@@ -3,13 +3,13 @@
 import contextlib
 import logging
 import os
+import socket
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from nbd_protocol.uri import NbdUri
-from pynbd.block import options
 from pynbd.block.backend import BlockBackend
 from pynbd.block.bitmaps import DirtyBitmap
 from pynbd.block.errors import OptionError
@@ -17,6 +17,7 @@ from pynbd.block.graph import Graph
 from pynbd.block.node import Node
 from pynbd.block.permissions import Permission
 from pynbd.block.registry import is_python_file
+from pynbd.server.check import check, filter_tree
 from pynbd.server.config import Config, ExportOptions, ListenOptions, parse_address
 from pynbd.server.export import Export
 from pynbd.server.server import NbdServer
@@ -31,6 +32,9 @@ CACHE_OPTIONS: Mapping[str, dict[str, str]] = {
     "unsafe": {"no-flush": "on"},
 }
 """What QEMU's cache modes mean for the nodes."""
+
+EVERY_ADDRESS = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # compared with, not bound to
+"""Addresses that stand for all of this machine's, and how it reaches itself."""
 
 WRITE_THROUGH = ("writethrough", "directsync")
 """Modes in which every write is durable before it is answered."""
@@ -86,12 +90,11 @@ class Service:
 
     async def _open_disk(self, wanted: ExportOptions) -> Node:
         node = await self._open_image(wanted)
-        if wanted.snapshot:
-            node = await self._temporary_overlay(node)
+        if wanted.snapshot and not wanted.read_only:
+            node = await self._temporary_overlay(node, wanted)
         for entry in wanted.filters:
-            tree = dict(entry) if isinstance(entry, Mapping) else options.parse_dotted(entry, implied_key="driver")
             defaults = {"discard": "unmap", "read-only": node.read_only}
-            node = await self.graph.open({**defaults, **tree, "file": node})
+            node = await self.graph.open({**defaults, **filter_tree(entry), "file": node})
         return node
 
     async def _open_image(self, wanted: ExportOptions) -> Node:
@@ -112,12 +115,12 @@ class Service:
             cache=CACHE_OPTIONS[wanted.cache],
         )
 
-    async def _temporary_overlay(self, below: Node) -> Node:
+    async def _temporary_overlay(self, below: Node, wanted: ExportOptions) -> Node:
         """An overlay whose file is gone from its folder as soon as it is open: nothing is left behind, ever."""
         with temporary_file() as filename:
             file = {"driver": "file", "filename": filename, "locking": "off", "cache": {"no-flush": "on"}}
             tree: dict[str, Any] = {"driver": "overlay", "discard": "unmap", "file": file, "backing": below}
-            return await self.graph.open(tree)
+            return await self.graph.open({**tree, "detect-zeroes": wanted.detect_zeroes})
 
     @staticmethod
     def _make_bitmaps(node: Node, wanted: ExportOptions) -> None:
@@ -139,7 +142,11 @@ class Service:
                 self.server.listen_unix(address.path)
                 self.uris.append(NbdUri("nbd+unix", socket_path=address.path))
                 continue
-            for host, port in await self.server.listen_tcp(address.host, address.port):
+            try:
+                bound = await self.server.listen_tcp(address.host, address.port)
+            except socket.gaierror as problem:
+                raise OptionError(f"can't listen on {text}: {problem.strerror}") from problem
+            for host, port in bound:
                 self.uris.append(NbdUri("nbd", host=reachable(host), port=port))
 
     async def close(self, grace_s: float) -> None:
@@ -168,6 +175,7 @@ async def open_service(config: Config, *, grace_s: float = 10.0) -> AsyncIterato
     Raises:
         OptionError, BlockError, OSError: something can't be opened; nothing stays open.
     """
+    check(config)
     server = NbdServer(
         [],
         max_clients=config.server.max_clients,
@@ -200,28 +208,4 @@ def temporary_file() -> Iterator[str]:
 
 def reachable(host: str) -> str:
     """The address by which this machine reaches a listener: that of "every address" is none."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  # compared with, not bound to
-
-
-async def check(config: Config) -> None:
-    """Check a configuration as far as that can be done without touching a disk.
-
-    Raises:
-        OptionError: what is wrong.
-    """
-    graph = Graph()
-    names = {str(tree["node-name"]) for tree in config.nodes}
-    for tree in config.nodes:
-        graph.check(tree, known=names)
-    for name, wanted in config.exports.items():
-        if isinstance(wanted.disk, str) and wanted.disk in names:
-            continue
-        try:
-            graph.check(graph.describe(wanted.disk, format=wanted.format), known=names)
-            for entry in wanted.filters:
-                tree = dict(entry) if isinstance(entry, Mapping) else options.parse_dotted(entry, implied_key="driver")
-                graph.check({**tree, "file": {"driver": "null"}}, known=names)
-        except OptionError as problem:
-            raise OptionError(f"export.{name}: {problem}") from problem
-    for address in config.server.listen:
-        parse_address(address)
+    return EVERY_ADDRESS.get(host, host)

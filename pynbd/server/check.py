@@ -1,0 +1,168 @@
+"""What can be found wrong with a configuration without opening any disk: nearly all that is ever wrong with one.
+
+The same check comes before every start, so that what is wrong is told with its place in the configuration, and
+before anything has happened. A driver in a Python file is run, since only it knows its options.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+from nbd_protocol.constants import MAX_STRING_BYTES
+from pynbd.block import options, registry
+from pynbd.block.bitmaps import DirtyBitmap
+from pynbd.block.driver import Filter
+from pynbd.block.errors import BlockError, OptionError
+from pynbd.block.graph import Graph
+from pynbd.server.config import Config, ExportOptions, parse_address, toml_key
+
+NOT_FOR_NODES = ("format", "offset", "cache", "discard", "detect_zeroes")
+"""What is said of a node where it is made, not where it is exported."""
+
+Place = Callable[[str], str]
+"""What to put before a message about an option: `export.disk0.filters.1: `, or `--filter: ` of a command line."""
+
+
+def check(config: Config) -> None:
+    """Check a whole configuration.
+
+    Raises:
+        OptionError: what is wrong, and where: `export.slow.filters.1: …`.
+    """
+    for number, text in enumerate(config.server.listen):
+        with told_at(f"server.listen.{number}: "):
+            parse_address(text)
+            if text in config.server.listen[:number]:
+                raise OptionError(f"{text!r} is given twice")
+    check_nodes(config)
+    for name, wanted in config.exports.items():
+        check_export(name, wanted, config, functools.partial("export.{}.{}: ".format, toml_key(name)))
+
+
+@contextlib.contextmanager
+def told_at(place: str) -> Iterator[None]:
+    """Put the place before the text of an error."""
+    try:
+        yield
+    except BlockError as problem:
+        raise OptionError(f"{place}{problem}") from problem
+
+
+def check_nodes(config: Config) -> None:
+    """Check the nodes: each may use those before it.
+
+    Raises:
+        OptionError: what is wrong, and with which node.
+    """
+    everywhere = node_names(config)
+    for number, tree in enumerate(config.nodes):
+        name, before = everywhere[number], everywhere[:number]
+        with told_at(f"node {name!r}: "):
+            if name in before:
+                raise OptionError("there are two nodes of that name")
+            try:
+                Graph().check(tree, known=before)
+            except OptionError as problem:
+                with contextlib.suppress(OptionError):
+                    Graph().check(tree, known=everywhere)
+                    raise OptionError(f"{problem} (nodes are made in this order: put it before this one)") from problem
+                raise
+
+
+def node_names(config: Config) -> list[str]:
+    """The names of a configuration's nodes."""
+    return [str(tree["node-name"]) for tree in config.nodes]
+
+
+def check_export(name: str, wanted: ExportOptions, config: Config, place: Place) -> None:
+    """Check one export.
+
+    Args:
+        name: of the export.
+        wanted: what it is to be.
+        config: has the nodes that it may use.
+        place: says where an option of the export was given.
+
+    Raises:
+        OptionError: what is wrong.
+    """
+    known = node_names(config)
+    with told_at(place("name")):
+        check_text(name)
+    with told_at(place("description")):
+        check_text(wanted.description)
+    with told_at(place("disk")):
+        check_disk(wanted, known)
+    for number, entry in enumerate(wanted.filters):
+        with told_at(place(f"filters.{number}")):
+            check_filter(entry, known)
+    for number, bitmap in enumerate(wanted.bitmaps):
+        with told_at(place(f"bitmaps.{number}")):
+            check_text(bitmap)
+            DirtyBitmap(bitmap, 0)
+            if bitmap in wanted.bitmaps[:number]:
+                raise OptionError(f"there are two bitmaps named {bitmap!r}")
+
+
+def check_text(text: str) -> None:
+    """Check that clients can be told a text.
+
+    Raises:
+        OptionError: it is too long, or no UTF-8.
+    """
+    try:
+        length = len(text.encode())
+    except UnicodeEncodeError:
+        raise OptionError(f"{text!a} is no UTF-8, which is what NBD's texts are") from None
+    if length > MAX_STRING_BYTES or "\0" in text:
+        raise OptionError(
+            f"{text[:40]!r}… has {length} bytes; clients can be told {MAX_STRING_BYTES}, and no NUL among them"
+        )
+
+
+def check_disk(wanted: ExportOptions, known: Collection[str]) -> None:
+    """Check the description of a disk.
+
+    Raises:
+        OptionError: what is wrong.
+    """
+    if isinstance(wanted.disk, str) and wanted.disk in known:
+        defaults = ExportOptions(disk=wanted.disk)
+        for name in NOT_FOR_NODES:
+            if getattr(wanted, name) != getattr(defaults, name):
+                option = name.replace("_", "-")
+                raise OptionError(f"{wanted.disk!r} is a node: say {option} there (./{wanted.disk} would be a file)")
+        return
+    graph = Graph()
+    tree = graph.describe(wanted.disk, format=wanted.format)
+    graph.check(tree, known=known)
+    if wanted.offset and tree.get("driver", "raw") != "raw":
+        raise OptionError(f"offset: only a raw disk can begin at an offset, not {tree['driver']!r}")
+
+
+def check_filter(entry: str | Mapping[str, Any], known: Collection[str]) -> None:
+    """Check the description of a filter.
+
+    Raises:
+        OptionError: what is wrong.
+    """
+    tree = filter_tree(entry)
+    driver = tree.get("driver")
+    if not isinstance(driver, str) or not driver:
+        raise OptionError("driver: the filter's name is missing")
+    kind = registry.driver_class(driver)
+    if not issubclass(kind, Filter):
+        raise OptionError(f"driver {driver!r} is no filter; there are: {', '.join(registry.filter_names())}")
+    if "file" in tree:
+        raise OptionError("file: a filter lies on the export's disk, and can't have another one")
+    Graph().check({**tree, "file": {"driver": "null"}}, known=known)
+
+
+def filter_tree(entry: str | Mapping[str, Any]) -> dict[str, Any]:
+    """A filter's options from `NAME,OPT=VAL` or a table.
+
+    Raises:
+        OptionError: it can't be understood.
+    """
+    return dict(entry) if isinstance(entry, Mapping) else options.parse_dotted(entry, implied_key="driver")
