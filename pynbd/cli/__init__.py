@@ -1,11 +1,13 @@
 """The `pynbd` command: one module for each verb, imported when the verb is used."""
 
 import argparse
+import difflib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from pynbd import __version__
 
@@ -31,15 +33,46 @@ VERBS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line with status 1, as all errors of the command are."""
+
+    more_words_for = ""
+    """The argument that takes what stands between and behind options, where argparse would give up."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and end."""
+        self.exit(1, f"{self.prog}: {message.removeprefix('argument ')}\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and refuse what is left over here, where the verb's options are known."""
+        parsed, rest = super().parse_known_args(args, namespace)
+        for word in rest:
+            if word.startswith("-") or not self.more_words_for:
+                self.refuse(word)
+        if rest:
+            setattr(parsed, self.more_words_for, [*getattr(parsed, self.more_words_for), *rest])
+        return parsed, []
+
+    def refuse(self, word: str) -> NoReturn:
+        """Say that a word means nothing here, and which one was meant most likely."""
+        if not word.startswith("-"):
+            self.error(f"{word!r} is one argument too many (see {self.prog} --help)")
+        option = word.partition("=")[0]
+        near = difflib.get_close_matches(option, self._option_string_actions, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
+        self.error(f"there is no option {option} ({hint})")
+
+
 def make_parser(verb: str | None) -> argparse.ArgumentParser:
     """The parser; only the verb that is used gets its arguments, so that only its module is imported."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="pynbd",
         description="Software-defined disks: a graph of block drivers, served over NBD.",
         epilog="`pynbd VERB --help` tells more of each verb.",
+        allow_abbrev=False,
     )
     parser.add_argument("-V", "--version", action="version", version=f"pynbd {__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
     for name, entry in VERBS.items():
         below = verbs.add_parser(
             name,
@@ -47,6 +80,7 @@ def make_parser(verb: str | None) -> argparse.ArgumentParser:
             description=entry.summary[:1].upper() + entry.summary[1:] + ".",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             add_help=name == verb,
+            allow_abbrev=False,
         )
         if name == verb:
             importlib.import_module(entry.module).add_arguments(below)
@@ -60,14 +94,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: those of the process, if None.
 
     Returns:
-        The exit status: 0, or 1 after an error that was told on stderr (argparse exits with 2 by itself).
+        The exit status: 0, or 1 after an error that was told on stderr (argparse exits by itself, with 1 as well).
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     verb = next((word for word in given if not word.startswith("-")), None)
     parsed = make_parser(verb if verb in VERBS else None).parse_args(given)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # File names are bytes, and what is printed of them is to be pasted: they go out as they came in.
+        sys.stdout.reconfigure(errors="surrogateescape")
     try:
         status: int = importlib.import_module(VERBS[parsed.verb].module).run(parsed)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

@@ -20,6 +20,15 @@ def told(problem: BaseException) -> str:
     return " ".join(text.split()) or type(problem).__name__
 
 
+def unexpected(problem: Exception) -> str:
+    """What went wrong in a way that nobody foresaw, in one line: mostly in the driver of a third party."""
+    frame = problem.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    where = f" ({frame.tb_frame.f_code.co_filename}:{frame.tb_lineno})" if frame is not None else ""
+    return f"{type(problem).__name__}: {told(problem)}{where}"
+
+
 def complete(verb: str, work: Coroutine[Any, Any, int]) -> int:
     """Run a command's coroutine to its end and give the exit status; a failure is told on stderr.
 

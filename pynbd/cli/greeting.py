@@ -1,0 +1,60 @@
+"""What `pynbd serve` prints when clients can connect: what is served, and the lines to paste to use it."""
+
+import shlex
+import socket
+from collections.abc import Iterator
+
+from nbd_protocol.uri import NbdUri
+from pynbd.block.node import Node
+from pynbd.server.config import Config, ExportOptions, parse_address
+from pynbd.server.export import Export
+from pynbd.server.service import EVERY_ADDRESS, Service
+
+
+def greeting(service: Service, config: Config) -> list[str]:
+    """The lines for all exports at all addresses."""
+    lines: list[str] = []
+    for name, export in service.server.exports.items():
+        lines += title(export, config.exports[name])
+        for uri in service.uris:
+            lines += paste_lines(uri.with_export(name), read_only=export.read_only)
+    if any(parse_address(text).host in EVERY_ADDRESS and "unix:" not in text for text in config.server.listen):
+        lines += [f"Other machines reach it as {socket.gethostname()}: whoever can, may read and write."]
+    return lines
+
+
+def title(export: Export, wanted: ExportOptions) -> list[str]:
+    """What an export is."""
+    node = export.backend.node
+    name = f"export {export.name!r}" if export.name else "default export"
+    disk = wanted.disk if isinstance(wanted.disk, str) else node.filename() or node.driver.name
+    access = "read-only" if export.read_only else "writable"
+    if wanted.snapshot and not export.read_only:
+        access += ", writes are lost at the end"
+    lines = [f"{name}: {disk}, {export.backend.size} bytes, {access}"]
+    if any(below.write_guard is not None for below in chain(node)) and not export.read_only:
+        lines.append("  its format was guessed to be raw; say -f raw if it is (writes to its start are watched)")
+    return lines
+
+
+def chain(node: Node) -> Iterator[Node]:
+    """A node and those below it to which its writes go."""
+    yield node
+    if "file" in node.children:
+        yield from chain(node.children["file"].node)
+
+
+def paste_lines(uri: NbdUri, *, read_only: bool) -> list[str]:
+    """The lines to paste for one export at one address, quoted for a shell."""
+    server = ["-unix", uri.socket_path] if uri.is_unix else [uri.host, str(uri.port)]
+    client = ["nbd-client", *server, "/dev/nbd0"]
+    client += ["-N", uri.export] if uri.export else []
+    client += ["-R"] if read_only else []
+    # A comma would end the value: QEMU wants it twice.
+    drive = f"file={str(uri).replace(',', ',,')},format=raw,if=virtio" + (",readonly=on" if read_only else "")
+    return [
+        f"  {uri}",
+        f"    Linux     {shlex.join(client)}",
+        f"    QEMU      {shlex.join(['qemu-system-x86_64', '-drive', drive])}",
+        f"    qemu-img  {shlex.join(['qemu-img', 'info', str(uri)])}",
+    ]
