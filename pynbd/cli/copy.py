@@ -163,12 +163,14 @@ def _file_to_make(graph: Graph, arguments: argparse.Namespace) -> str | None:
 
 
 @contextlib.asynccontextmanager
-async def _disk(graph: Graph, tree: dict[str, Any], name: str, *, writing: bool) -> AsyncIterator[BlockBackend]:
-    """An open disk, and a user of it that may read or write. It is closed on leaving."""
+async def _disk(
+    graph: Graph, tree: dict[str, Any], name: str, *, writing: bool, flush: bool = True
+) -> AsyncIterator[BlockBackend]:
+    """An open disk, and a user of it that may read or write. It is flushed (if wanted) and closed on leaving."""
     from pynbd.block.backend import BlockBackend
     from pynbd.block.permissions import Permission
 
-    node = await graph.open(tree, read_only=not writing, discard="unmap")
+    node = await graph.open(tree, read_only=not writing, discard="unmap", cache={"no-flush": not flush})
     backend = BlockBackend(name)
     try:
         # Who else may write to them meanwhile is the business of those who do; it is the size that must stay.
@@ -234,7 +236,7 @@ async def _copy(
     from pynbd.cli.copier import Copier
 
     name = arguments.destination
-    async with _disk(graph, tree, name, writing=True) as target:
+    async with _disk(graph, tree, name, writing=True, flush=arguments.flush) as target:
         if target.size < source.size:
             raise BlockError(
                 f"{name}: the destination has {target.size} bytes, too few for the {source.size} of {arguments.source}"
@@ -251,8 +253,7 @@ async def _copy(
             await copier.run()
             if copier.stopped:
                 raise BlockError(f"interrupted; {name} holds a part of {arguments.source}")
-            if arguments.flush:
-                await target.flush()
+            await target.flush()
 
 
 @contextlib.contextmanager

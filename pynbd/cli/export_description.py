@@ -29,15 +29,14 @@ UNITS = ("", "K", "M", "G", "T", "P", "E")
 
 
 def human_size(size: int) -> str:
-    """Bytes in the largest unit that has no more than one decimal: `64M`, `1.5G`, `1000`."""
+    """Bytes in the largest unit that says them exactly with at most one decimal: `64M`, `1.5G`, `1000`."""
     unit = 0
-    scaled = size
-    while scaled >= 1024 and scaled * 10 % 1024 == 0 and unit < len(UNITS) - 1:
-        if scaled % 1024:
-            return f"{scaled / 1024:.1f}{UNITS[unit + 1]}"
-        scaled //= 1024
+    while size >= 1024 and size % 1024 == 0:
+        size //= 1024
         unit += 1
-    return f"{scaled}{UNITS[unit]}"
+    if 1024 < size < 1 << 20 and size * 10 % 1024 == 0:
+        return f"{size / 1024:.1f}{UNITS[unit + 1]}"
+    return f"{size}{UNITS[unit]}"
 
 
 def describe_server(negotiation: ClientNegotiation) -> dict[str, Any]:
@@ -89,7 +88,10 @@ def export_lines(told: dict[str, Any]) -> list[str]:
 
 
 async def ask_about(handshake: Handshake, export: str) -> dict[str, Any]:
-    """Ask about an export, and describe it. A server that can't tell without serving is made to serve it for that.
+    """Ask about an export, and describe it.
+
+    A server that can't tell without serving is made to serve it for that; the handshake is over then. So is one that
+    says that the export is empty: nbd-server 3.24 says so of each, as long as it is only asked.
 
     Raises:
         OSError: the server refuses the export, or the connection failed.
@@ -97,15 +99,18 @@ async def ask_about(handshake: Handshake, export: str) -> dict[str, Any]:
     negotiation = handshake.negotiation
     negotiation.describe(export)
     event = await handshake.answer()
+    contexts: tuple[str, ...] = ()
     if isinstance(event, ExportDescribed):
         negotiation.list_meta_contexts(export)
         listed = await handshake.answer()
         # A server that refuses has none to tell of; that is no failure.
         contexts = listed.contexts if isinstance(listed, MetaContextsListed) else ()
-        return describe_export(handshake.address, export, event.info, contexts)
-    assert isinstance(event, Refused), event
-    if event.reply_type != OptionReplyType.ERR_UNSUP:
+        if event.info.size:
+            return describe_export(handshake.address, export, event.info, contexts)
+    elif isinstance(event, Refused) and event.reply_type != OptionReplyType.ERR_UNSUP:
         raise handshake.refusal(event, export)
     connected, established = await handshake.connect(export)
     connected.close()
-    return describe_export(handshake.address, export, established.info, tuple(established.contexts.values()))
+    return describe_export(
+        handshake.address, export, established.info, contexts or tuple(established.contexts.values())
+    )

@@ -105,13 +105,12 @@ def _fail_all(connection: Connection, reason: str, unanswered: list[Request]) ->
 
 async def _extents(connection: Connection, context: str) -> AsyncIterator[tuple[int, int, int]]:
     """(offset, length, state) of everything, as the server tells it."""
-    from nbd_protocol.constants import MAX_LENGTH_32, Command, ReplyMode
-    from pynbd.block.alignment import round_down
+    from nbd_protocol.constants import MAX_EXTENT_LENGTH_32, Command, ReplyMode
     from pynbd.storage.nbd.connection import Request
 
     established = connection.established
     size = established.info.size
-    longest = size if established.mode is ReplyMode.EXTENDED else round_down(MAX_LENGTH_32, established.info.min_block)
+    longest = size if established.mode is ReplyMode.EXTENDED else MAX_EXTENT_LENGTH_32
     offset = 0
     while offset < size:
         request = Request(Command.BLOCK_STATUS, offset, min(longest, size - offset))

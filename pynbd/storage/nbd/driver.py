@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 
 from nbd_protocol.constants import (
-    MAX_LENGTH_32,
+    MAX_EXTENT_LENGTH_32,
     MAX_PAYLOAD_BYTES,
     META_BASE_ALLOCATION,
     AllocationState,
@@ -26,7 +26,7 @@ from pynbd.block.alignment import round_down
 from pynbd.block.driver import Driver, ImageInfo, Preallocation
 from pynbd.block.extents import Extent, Status
 from pynbd.block.limits import Limits
-from pynbd.block.options import NodeOptions
+from pynbd.block.options import MAX_SIZE_BYTES, NodeOptions
 from pynbd.block.requests import RequestFlag
 from pynbd.block.status import MAX_STATUS_EXTENTS
 from pynbd.storage.nbd.address import TLS_MISSING, Port, ServerAddress, parse_name
@@ -198,7 +198,7 @@ class Nbd(Driver):
             self.node.read_only = True
         extended = established.mode is ReplyMode.EXTENDED
         longest_effect = 0 if extended else MAX_EFFECT_BYTES
-        self._max_status = (1 << 63) - 1 if extended else round_down(MAX_LENGTH_32, info.min_block)
+        self._max_status = MAX_SIZE_BYTES if extended else MAX_EXTENT_LENGTH_32
         self._flags = flags
         self.size = info.size
         self.write_flags = FUA if flags & TransmissionFlag.SEND_FUA else 0

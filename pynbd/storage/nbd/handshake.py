@@ -4,6 +4,7 @@ Everything that can go wrong is an `OSError` whose text names the server.
 """
 
 import asyncio
+import contextlib
 import errno
 import os
 import socket
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Final, Self
 
-from nbd_protocol.client_negotiation import ClientNegotiation
+from nbd_protocol.client_negotiation import ClientNegotiation, State
 from nbd_protocol.constants import META_BASE_ALLOCATION, NEGOTIATION_TIMEOUT_S, OptionReplyType
 from nbd_protocol.errors import RemoteProtocolError
 from nbd_protocol.negotiation import NEED_DATA
@@ -110,9 +111,12 @@ class Handshake:
         return connected, event
 
     async def end(self) -> None:
-        """End the conversation politely; a server that is not polite does not matter any more."""
-        self.negotiation.abort()
-        await self.answer()
+        """End the conversation politely, if it has not led to an export."""
+        if self._socket is not None and self.negotiation.state is not State.ENDED:
+            self.negotiation.abort()
+            # Some servers hang up without a word; what they had to say has been said.
+            with contextlib.suppress(OSError):
+                await self.answer()
 
     def refusal(self, refused: Refused, export: str) -> OSError:
         """The error for what the server refused."""
