@@ -17,6 +17,7 @@ import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from time import perf_counter_ns
 
 import msgspec
@@ -609,18 +610,22 @@ class Connection:
     async def _read_with_holes(self, request: Request) -> list[Item]:
         """A large read: holes are told, not sent."""
         offset, end = request.offset, request.offset + request.length
-        items: list[Item] = []
+        extents: list[ChainExtent] = []
         while offset < end:
-            extents = await self.backend.block_status(offset, end - offset)
-            for length, zero in runs(extents):
-                done = offset + length == end
-                if zero:
-                    items.append(self._replies.read_hole(request, offset, length, done=done))
-                else:
-                    data = bytearray(length)
-                    await self.backend.read(offset, memoryview(data))
-                    items += [self._replies.read_data(request, offset, length, done=done), data]
-                offset += length
+            found = await self.backend.block_status(offset, end - offset)
+            extents += found
+            offset += sum(extent.length for extent in found)
+        items: list[Item] = []
+        offset = request.offset
+        for length, zero in runs(extents):
+            done = offset + length == end
+            if zero:
+                items.append(self._replies.read_hole(request, offset, length, done=done))
+            else:
+                data = bytearray(length)
+                await self.backend.read(offset, memoryview(data))
+                items += [self._replies.read_data(request, offset, length, done=done), data]
+            offset += length
         return items
 
     def _send_spans(self, request: Request) -> bool:
@@ -730,14 +735,10 @@ def together(items: list[Item]) -> list[Item]:
 
 def runs(extents: Sequence[ChainExtent]) -> list[tuple[int, bool]]:
     """(length, reads as zeroes) of neighbours that are alike; holes not worth a chunk count as data."""
-    result: list[tuple[int, bool]] = []
-    for extent in extents:
-        zero = bool(extent.status & Status.ZERO) and extent.length >= SMALLEST_HOLE_BYTES
-        if result and result[-1][1] == zero:
-            result[-1] = (result[-1][0] + extent.length, zero)
-        else:
-            result.append((extent.length, zero))
-    return result
+    alike = groupby(extents, lambda extent: bool(extent.status & Status.ZERO))
+    whole = [(sum(extent.length for extent in group), zero) for zero, group in alike]
+    told = groupby(whole, lambda run: run[1] and run[0] >= SMALLEST_HOLE_BYTES)
+    return [(sum(length for length, _ in group), zero) for zero, group in told]
 
 
 def describe(request: Request) -> str:
