@@ -24,7 +24,7 @@ from pynbd.block.limits import Limits
 from pynbd.block.options import NodeOptions, OnOffAuto
 from pynbd.block.permissions import Permission
 from pynbd.block.requests import RequestFlag
-from pynbd.storage import linux, opening, pool, sizing, sparse, transfers, zeroing
+from pynbd.storage import aio, linux, opening, pool, sizing, sparse, transfers, zeroing
 from pynbd.storage.locks import FileLocks
 
 INLINE_READ_BYTES = 256 << 10
@@ -73,8 +73,6 @@ class File(Driver):
     zero_past_end = True
     is_device = False
 
-    write_flags = FUA
-
     options: FileOptions
     _fd = -1
 
@@ -98,6 +96,9 @@ class File(Driver):
         if options.force_share and not options.read_only:
             raise OptionError(f"{options.filename}: force-share=on can only be used with read-only=on")
         self._direct = options.cache.direct
+        # Going around the page cache, each write can be durable by itself. Otherwise one flush makes all writes durable
+        # that were made before it began, and the layer above merges those.
+        self.write_flags = FUA if self._direct else 0
         opened = await pool.run(pool.transfers, self._open)
         self._fd, self.node.read_only = opened.fd, opened.read_only
         try:
@@ -133,6 +134,8 @@ class File(Driver):
         self._status_slow_until = 0.0
         self._dsync = True
         self._flush_error: OSError | None = None
+        self._flushes: aio.FlushQueue | None = None
+        self._flushes_in_threads = False
         self._zeroing = zeroing.Zeroing(self._fd, device=self.is_device)
         self._zeroes = pool.Batch(self._zero_in_thread)
         self._discards = pool.Batch(self._discard_in_thread)
@@ -152,6 +155,9 @@ class File(Driver):
         return Limits(request_alignment=offset, memory_alignment=memory)
 
     async def close(self) -> None:
+        if self._flushes is not None:
+            self._flushes.close()
+            self._flushes = None
         os.close(self._fd)  # and with it go the locks
         self._fd = -1
 
@@ -274,7 +280,25 @@ class File(Driver):
     async def flush_to_disk(self) -> None:
         if self._flush_error is not None:
             raise self._flush_error
-        await pool.run(pool.syncs, self._sync_in_thread)
+        if not await self._sync_in_kernel():
+            await pool.run(pool.syncs, self._sync_in_thread)
+
+    async def _sync_in_kernel(self) -> bool:
+        """Flush without a thread; False if the kernel can't."""
+        if self._flushes_in_threads:
+            return False
+        try:
+            if self._flushes is None:
+                self._flushes = aio.FlushQueue(self._fd)
+            await self._flushes.fdatasync()
+        except OSError as problem:
+            if problem.errno in (errno.EAGAIN, errno.EINVAL, errno.ENOSYS, errno.EPERM):
+                self._flushes_in_threads = True
+                return False
+            failed = self._failed(problem, "flush", 0, self.size)
+            self._remember(failed)
+            raise failed from problem
+        return True
 
     def _sync_in_thread(self) -> None:
         try:

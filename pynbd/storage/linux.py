@@ -63,6 +63,18 @@ def _failed() -> OSError:
     return OSError(code, os.strerror(code))
 
 
+def syscall(number: int, *arguments: object) -> int:
+    """A system call that has no function in the C library, by its number; the arguments are ctypes'.
+
+    Raises:
+        OSError: it failed.
+    """
+    result = int(_syscall(ctypes.c_long(number), *arguments))
+    if result < 0:
+        raise _failed()
+    return result
+
+
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2): reserve, zero or punch out `length` bytes (over 0) at `offset`.
 

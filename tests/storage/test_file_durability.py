@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,27 @@ import pytest
 from pynbd.block.alignment import aligned_buffer
 from pynbd.block.graph import Graph
 from pynbd.block.requests import RequestFlag
+from pynbd.storage import aio
 from tests.storage.conftest import OpenDisk, description
 
 
+@pytest.fixture(params=["kernel", "thread"])
+def flushed_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who waits for a flush: the kernel's asynchronous I/O, or a thread where there is none."""
+    if request.param == "thread":
+        monkeypatch.setattr(aio, "_calls", None)
+    return str(request.param)
+
+
 @pytest.fixture
-def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def synced(flushed_by: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The calls that make something durable."""
     calls: list[str] = []
-    pwritev, fdatasync = os.pwritev, os.fdatasync
+    pwritev, fdatasync, flush = os.pwritev, os.fdatasync, aio.FlushQueue.fdatasync
+
+    async def counted_flush(queue: aio.FlushQueue) -> None:
+        calls.append("flush")
+        await flush(queue)
 
     def counted_pwritev(fd: int, data: object, offset: int, flags: int = 0) -> int:
         if flags:
@@ -33,12 +47,27 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(os, "pwritev", counted_pwritev)
     monkeypatch.setattr(os, "fdatasync", counted_fdatasync)
+    monkeypatch.setattr(aio.FlushQueue, "fdatasync", counted_flush)
     return calls
 
 
-@pytest.mark.parametrize("direct", [False, True])
-async def test_fua_is_one_call(direct: bool, disk: Path, open_disk: OpenDisk, synced: list[str]) -> None:
-    async with open_disk(description(disk, cache={"direct": direct})) as backend:
+async def test_fua_is_one_flush(disk: Path, open_disk: OpenDisk, synced: list[str]) -> None:
+    async with open_disk(description(disk)) as backend:
+        await backend.write(0, memoryview(b"x" * 4096), RequestFlag.FUA)
+        assert synced == ["flush"]
+        await backend.write_zeroes(0, 4096, RequestFlag.FUA)
+        assert synced == ["flush"] * 2
+
+
+async def test_durable_writes_at_one_time_share_a_flush(disk: Path, open_disk: OpenDisk, synced: list[str]) -> None:
+    async with open_disk(description(disk)) as backend:
+        data = memoryview(b"x" * 4096)
+        await asyncio.gather(*(backend.write(offset << 12, data, RequestFlag.FUA) for offset in range(16)))
+        assert synced == ["flush"] * 2  # the first one's, and one for all that came while it was under way
+
+
+async def test_fua_without_the_page_cache_is_one_call(disk: Path, open_disk: OpenDisk, synced: list[str]) -> None:
+    async with open_disk(description(disk, cache={"direct": True})) as backend:
         await backend.write(0, aligned_buffer(4096, 4096), RequestFlag.FUA)
         assert synced == ["dsync"]
         await backend.write(0, memoryview(b"y" * 4096))
@@ -64,9 +93,11 @@ async def test_fua_where_the_kernel_has_none(
         return pwritev(fd, data, offset)  # type: ignore[arg-type]  # passed on as it came
 
     monkeypatch.setattr(os, "pwritev", refusing)
-    async with open_disk(description(disk)) as backend:
-        await backend.write(0, memoryview(b"x" * 4096), RequestFlag.FUA)
-        await backend.write(0, memoryview(b"y" * 4096), RequestFlag.FUA)
+    async with open_disk(description(disk, cache={"direct": True})) as backend:
+        await backend.write(0, aligned_buffer(4096, 4096), RequestFlag.FUA)
+        page = aligned_buffer(4096, 4096)
+        page[:] = b"y" * 4096
+        await backend.write(0, page, RequestFlag.FUA)
         assert synced == ["flush", "flush"]
         assert refused == 1
     assert disk.read_bytes()[:4096] == b"y" * 4096
@@ -90,16 +121,28 @@ def failing_once(code: int) -> Callable[[int], None]:
     return fdatasync
 
 
+def failing_once_in_the_kernel(code: int) -> Callable[[aio.FlushQueue], Awaitable[None]]:
+    fail = failing_once(code)
+
+    async def fdatasync(queue: aio.FlushQueue) -> None:
+        fail(0)
+
+    return fdatasync
+
+
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
 async def test_after_a_failed_flush_all_later_ones_fail(
-    code: int, disk: Path, open_disk: OpenDisk, monkeypatch: pytest.MonkeyPatch
+    code: int, disk: Path, open_disk: OpenDisk, flushed_by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel may have dropped what it could not write: a flush that is tried again would lie."""
     graph = Graph()
     node = await graph.open(description(disk))
     await node.path.write(0, memoryview(b"x"), 0)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fdatasync", failing_once(code))
+        if flushed_by == "thread":
+            patch.setattr(os, "fdatasync", failing_once(code))
+        else:
+            patch.setattr(aio.FlushQueue, "fdatasync", failing_once_in_the_kernel(code))
         with pytest.raises(OSError, match=f"{disk}.*flush") as caught:
             await node.flush()
         assert caught.value.errno == code
