@@ -13,7 +13,6 @@ The ways of a request:
 
 import errno
 import logging
-import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -30,15 +29,19 @@ from pynbd.block.extents import ChainExtent, Status
 from pynbd.block.requests import RequestFlag
 from pynbd.block.statistics import Operation
 from pynbd.server.budget import Account
+from pynbd.server.buffers import BufferPool
 from pynbd.server.export import Export
 from pynbd.server.inline import InlineStarter
-from pynbd.server.wire import Buffer, FileSpan, Item, SpanFile, Wire
+from pynbd.server.wire import Buffer, FileSpan, Item, SpanFile, Wire, has_hole
 from pynbd.storage import linux
 
 log = logging.getLogger(__name__)
 
 RECEIVE_BYTES = 256 << 10
 """What one wake-up receives at the most (payloads of large writes go straight to buffers of their own)."""
+
+HEADER_RECEIVE_BYTES = 4 << 10
+"""What is received at first behind a large payload: another one is likely to follow, and is better not copied."""
 
 INLINE_READ_BYTES = 64 << 10
 """Located reads up to this length are copied into the buffer of answers; longer ones are sent from the file."""
@@ -79,6 +82,7 @@ class Scratch:
     """The two buffers that all connections of one loop take turns in using: nothing stays in them after a wake-up."""
 
     def __init__(self) -> None:
+        self.buffers = BufferPool()
         self.received = memoryview(bytearray(RECEIVE_BYTES + (128 << 10)))
         self.answers = bytearray(MAX_BATCH_BYTES + 2 * INLINE_READ_BYTES)
         self.answers_view = memoryview(self.answers)
@@ -87,20 +91,19 @@ class Scratch:
 class _Payload:
     """The payload of a large write that is arriving in a buffer of its own."""
 
-    __slots__ = ("buffer", "filled", "request", "reserved")
+    __slots__ = ("buffer", "filled", "request", "reserved", "whole")
 
     def __init__(self, request: Request, arrived: memoryview) -> None:
         self.request = request
         self.buffer = arrived
         self.filled = len(arrived)
         self.reserved = 0
+        self.whole: memoryview | None = None
 
-    def make_room(self) -> None:
+    def make_room(self, buffers: BufferPool) -> None:
         """Memory was reserved: get a buffer for all of it."""
-        length = self.request.length
-        # A bytearray takes its memory at once; a mapping only as it is filled, which is slower.
-        whole = bytearray(length) if self.reserved >= length else mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE)
-        buffer = memoryview(whole)
+        self.whole = buffers.take(self.request.length)
+        buffer = self.whole[: self.request.length]
         buffer[: self.filled] = self.buffer
         self.buffer = buffer
 
@@ -152,6 +155,7 @@ class Connection:
         self._tail: bytes | bytearray = b""
         self._more_in_tail = False
         self._payload: _Payload | None = None
+        self._receive_bytes = RECEIVE_BYTES
         self._waiting: deque[Request] = deque()
         self._out: list[Item] = []
         self._charged = 0
@@ -272,7 +276,7 @@ class Connection:
             start = len(tail)
             if start:
                 buffer[:start] = tail
-            received = self.wire.receive_into(buffer[start : start + RECEIVE_BYTES])
+            received = self.wire.receive_into(buffer[start : start + self._receive_bytes])
         except OSError as problem:
             self._lose(problem)
             return
@@ -300,6 +304,7 @@ class Connection:
         if partial is not None:
             self._begin_payload(partial, rest)
             return
+        self._receive_bytes = RECEIVE_BYTES
         if len(rest):
             self._tail = bytes(rest)
             self._more_in_tail = not batch.needs_data
@@ -324,6 +329,7 @@ class Connection:
                 if self._more_in_tail:
                     self._continue_soon()
             return
+        self._receive_bytes = HEADER_RECEIVE_BYTES
         self._payload = payload = _Payload(request, rest)
         if not self._waiting:
             self._advance_payload(payload)
@@ -360,12 +366,12 @@ class Connection:
                 return
             payload.reserved += step
             if payload.reserved == step:
-                payload.make_room()
+                payload.make_room(self._scratch.buffers)
         if payload.filled < length:
             return
         self._payload = None
         self.in_flight += 1
-        self._run(payload.request, payload.buffer.toreadonly(), length)
+        self._run(payload.request, payload.buffer.toreadonly(), length, payload.whole)
 
     # --- waiting ------------------------------------------------------------------------------------------
 
@@ -526,10 +532,14 @@ class Connection:
             kept = request if payload is None else request.with_payload(memoryview(bytes(payload)))
             self._waiting.append(kept)
 
-    def _run(self, request: Request, payload: memoryview | None, reserved: int) -> None:
-        self._starter.start(self._carry_out(request, payload, reserved))
+    def _run(
+        self, request: Request, payload: memoryview | None, reserved: int, borrowed: memoryview | None = None
+    ) -> None:
+        self._starter.start(self._carry_out(request, payload, reserved, borrowed))
 
-    async def _carry_out(self, request: Request, payload: memoryview | None, reserved: int) -> None:
+    async def _carry_out(
+        self, request: Request, payload: memoryview | None, reserved: int, borrowed: memoryview | None
+    ) -> None:
         """One request from its start to its reply. It is never cancelled, and raises nothing."""
         try:
             if request.type == WRITE and payload is not None:
@@ -543,6 +553,8 @@ class Connection:
             log.exception("%s: %s failed", self.peer, describe(request))
             answer = [self._replies.error(request, Errno.EIO, f"internal error: {problem!r}")]
         self.in_flight -= 1
+        if borrowed is not None:
+            self._scratch.buffers.give(borrowed)
         if reserved:
             self.account.give(reserved)
         if self._lost:
@@ -634,15 +646,21 @@ class Connection:
         located = self.backend.locate(offset, length)
         if located is None or located[2] != length or not self.export.located_for_good():
             return False
-        if request.flags & CommandFlag.DF or linux.resident_bytes(located[0], located[1], length) != length:
+        if request.flags & CommandFlag.DF:
+            return False
+        # Files in memory (whose reads need no flag against waiting) are there always, also their holes.
+        if located[3] and linux.resident_bytes(located[0], located[1], length) != length:
             return False
         file = self._span_file
-        if file is None or not file.is_open(located[0]):
-            try:
-                file = self._span_file = SpanFile(located[0])
-            except OSError as problem:
-                log.warning("%s: no descriptor to send from, so it is copied: %s", self.peer, problem)
+        try:
+            status = os.fstat(located[0])
+            if has_hole(located[0], located[1], length, status):
                 return False
+            if file is None or not file.serves(status):
+                file = self._span_file = SpanFile(located[0], status)
+        except OSError as problem:
+            log.warning("%s: can't send from the page cache, so it is copied: %s", self.peer, problem)
+            return False
         replies = self._replies
 
         def finish(problem: OSError | None) -> Buffer:

@@ -242,6 +242,8 @@ class NbdServer:
     def _gone(self, connection: Connection) -> None:
         log.info("%s: gone", connection.peer)
         self.connections.discard(connection)
+        if not self.connections:
+            self._scratch.buffers.clear()
         self._progress.pop(connection, None)
         connection.export.clients -= 1
         self._accept_again()
