@@ -19,7 +19,7 @@ def greeting(service: Service, config: Config) -> list[str]:
         for uri in service.uris:
             lines += paste_lines(uri.with_export(name), read_only=export.read_only)
     if any(parse_address(text).host in EVERY_ADDRESS and "unix:" not in text for text in config.server.listen):
-        lines += [f"Other machines reach it as {socket.gethostname()}: whoever can, may read and write."]
+        lines += [f"It listens on every address of {socket.gethostname()}: whoever reaches one can use these disks."]
     return lines
 
 

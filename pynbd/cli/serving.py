@@ -72,7 +72,7 @@ async def serve(
     """
     stop = Stop(at_end)
     async with contextlib.AsyncExitStack() as closing:
-        with stop.interrupting():
+        with stop.interrupting(announce):
             service = await closing.enter_async_context(open_service(config))
         at_end.callback(service.server.unlink_sockets)
         at_end.enter_context(pid_file(arguments.pid_file))
@@ -127,19 +127,29 @@ class Stop:
             self._opening.cancel()
 
     @contextlib.contextmanager
-    def interrupting(self) -> Iterator[None]:
+    def interrupting(self, announce: int | None) -> Iterator[None]:
         """Let the first signal break off what is done inside: opening may wait for another server.
+
+        Args:
+            announce: a pipe to who waits until we are ready. If they go away, that breaks it off as well.
 
         Raises:
             Stopped: it came.
         """
-        self._opening = asyncio.current_task()
+        loop = asyncio.get_running_loop()
+        self._opening = task = asyncio.current_task()
+        assert task is not None
+        if announce is not None:
+            # There is nothing to read from our end: it only ever tells that the other one was closed.
+            loop.add_reader(announce, task.cancel)
         try:
             yield
         except asyncio.CancelledError:
             raise Stopped("stopped before clients could connect") from None
         finally:
             self._opening = None
+            if announce is not None:
+                loop.remove_reader(announce)
 
 
 async def run_command(command: str, service: Service, stop: Stop, at_end: contextlib.ExitStack) -> int:
@@ -156,14 +166,14 @@ async def run_command(command: str, service: Service, stop: Stop, at_end: contex
     # and Ctrl-C reaches it there.
     group = None if sys.stdin is not None and sys.stdin.isatty() else 0
     process = await asyncio.create_subprocess_shell(command, env=environment, process_group=group)
-    end = process.terminate if group is None else functools.partial(os.killpg, process.pid, signal.SIGTERM)
+    end = process.send_signal if group is None else functools.partial(os.killpg, process.pid)
     ended = asyncio.ensure_future(process.wait())
-    at_end.callback(lambda: None if ended.done() else end())
+    at_end.callback(lambda: None if ended.done() else end(signal.SIGKILL))
     told = asyncio.ensure_future(stop.requested.wait())
     try:
         await asyncio.wait((ended, told), return_when=asyncio.FIRST_COMPLETED)
         if not ended.done():
-            end()
+            end(signal.SIGTERM)
         status = await ended
     finally:
         told.cancel()
