@@ -31,6 +31,7 @@ class SpanFile:
 
     Args:
         fd: the open file.
+        status: which file that is.
 
     Raises:
         OSError: there are no more descriptors.
@@ -38,20 +39,31 @@ class SpanFile:
 
     __slots__ = ("_identity", "fd", "spans")
 
-    def __init__(self, fd: int) -> None:
-        self._identity = os.fstat(fd)[1:3]
+    def __init__(self, fd: int, status: os.stat_result) -> None:
+        self._identity = (status.st_dev, status.st_ino)
         self.fd = os.dup(fd)
         self.spans = 0
 
-    def is_open(self, fd: int) -> bool:
-        """Whether it can serve for another span of what is open as `fd`."""
-        return self.spans > 0 and os.fstat(fd)[1:3] == self._identity
+    def serves(self, status: os.stat_result) -> bool:
+        """Whether it is open still, and can serve for another span of this file."""
+        return self.spans > 0 and (status.st_dev, status.st_ino) == self._identity
 
     def release(self) -> None:
         """One span less; with the last one the descriptor is closed."""
         self.spans -= 1
         if not self.spans:
             os.close(self.fd)
+
+
+def has_hole(fd: int, offset: int, length: int, status: os.stat_result) -> bool:
+    """Whether part of a range was never written, or was given back: clients are told, and not sent zeroes.
+
+    A file that has all its blocks is not asked: the answer would take the longer, the larger the file is.
+
+    Raises:
+        OSError: the file is shorter than that.
+    """
+    return status.st_blocks * 512 < status.st_size and os.lseek(fd, offset, os.SEEK_HOLE) < offset + length
 
 
 class FileSpan:
