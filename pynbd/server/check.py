@@ -64,10 +64,18 @@ def check_nodes(config: Config) -> None:
             try:
                 Graph().check(tree, known=before)
             except OptionError as problem:
-                with contextlib.suppress(OptionError):
-                    Graph().check(tree, known=everywhere)
+                if can_be_made(tree, everywhere):
                     raise OptionError(f"{problem} (nodes are made in this order: put it before this one)") from problem
                 raise
+
+
+def can_be_made(tree: Mapping[str, Any], known: Collection[str]) -> bool:
+    """Whether a node is described well, if nodes of certain names are there."""
+    try:
+        Graph().check(tree, known=known)
+    except OptionError:
+        return False
+    return True
 
 
 def node_names(config: Config) -> list[str]:
