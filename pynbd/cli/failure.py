@@ -1,6 +1,7 @@
 """How a command that talks to disks ends when something is wrong: one line that says what and where, and status 1."""
 
 import asyncio
+import logging
 import os
 import sys
 from collections.abc import Coroutine
@@ -38,6 +39,8 @@ def complete(verb: str, work: Coroutine[Any, Any, int]) -> int:
     """
     from pynbd.block.errors import BlockError
 
+    # What is logged on the way to a failure would be more than the one line.
+    logging.getLogger("pynbd").addHandler(logging.NullHandler())
     try:
         return asyncio.run(work)
     except BrokenPipeError:

@@ -176,7 +176,7 @@ def test_it_is_flushed_at_the_end(option: str, flushes: bool, random_disk: Path,
 
 def test_read_only_destination(random_disk: Path) -> None:
     with peers.nbdkit("memory", "8M", options=["-r"]) as peer:
-        assert "is read-only" in failure("copy", random_disk, peer.uri())
+        assert "this export read-only" in failure("copy", random_disk, peer.uri())
 
 
 # --- failures ---------------------------------------------------------------------------------------------------
@@ -202,6 +202,27 @@ def test_a_destination_that_fails(random_disk: Path) -> None:
         "memory", "8M", "error-pwrite=ENOSPC", "error-pwrite-rate=100%", options=["--filter=error"]
     ) as peer:
         assert "the server says 'No space left on device'" in failure("copy", random_disk, peer.uri())
+
+
+def test_a_server_that_dies(tmp_path: Path) -> None:
+    """In the middle of a copy: one line, and no file."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with peers.nbdkit("pattern", "1G", "rdelay=20ms", options=["--filter=delay", "--filter=noextents"]) as peer:
+        process = subprocess.Popen(
+            [*PYNBD, "copy", "-f", "raw", peer.uri(), folder / "copy.raw"], stderr=subprocess.PIPE, text=True
+        )
+        while not any(allocated(path) for path in folder.glob(".copy.raw.*.partial")):
+            assert process.poll() is None
+            os.sched_yield()
+        peer.stop(signal.SIGKILL)
+        _, said = process.communicate(timeout=peers.COMMAND_LIMIT_S)
+    assert process.returncode == 1
+    assert said.startswith("pynbd copy: ")
+    assert said.count("\n") == 1
+    assert "read at " in said
+    assert "the connection was lost" in said
+    assert not list(folder.iterdir())
 
 
 def test_names_that_are_wrong(random_disk: Path, tmp_path: Path) -> None:

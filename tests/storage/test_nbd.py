@@ -224,8 +224,8 @@ async def test_slow_requests_do_not_hold_up_others() -> None:
 async def test_read_only_exports() -> None:
     """They are opened for reading only, or by `auto-read-only`; not for writing."""
     with peers.nbdkit("memory", "1M", options=["-r"]) as peer:
-        with pytest.raises(OSError, match="is read-only; open it with read-only=on"):
-            async with client(peer):
+        with pytest.raises(BlockError, match="this export read-only; open it with read-only=on"):
+            async with client(peer, **{"open-timeout": 60}):  # which is no reason to go on trying
                 pass
         async with client(peer, **{"read-only": True}) as backend:
             assert await read(backend, 0, 4) == bytes(4)
@@ -309,6 +309,34 @@ async def test_a_closed_node_says_goodbye(tmp_path: Path) -> None:
         assert driver.filename() == peer.uri()
         peer.stop()
         assert "client sent NBD_CMD_DISC" in peer.log()
+
+
+async def test_all_ways_to_give_the_options(random_disk: Path) -> None:
+    """A URI, QEMU's old names, dotted keys, JSON, flat or grouped: the same export."""
+    with peers.qemu_nbd(random_disk, "-x", "a,b", "-r") as peer:
+        path = peer.endpoint.socket_path
+        for description in (
+            peer.uri("a,b"),
+            f"nbd:unix:{path}:exportname=a,b",
+            f"driver=nbd,server.type=unix,server.path={path},export=a,,b,reconnect-delay=1,open-timeout=2",
+            f"driver=nbd,path={path},export=a,,b",
+            f'json:{{"driver": "nbd", "server.type": "unix", "server.path": "{path}", "export": "a,b"}}',
+            f'json:{{"driver": "raw", "file": {{"driver": "nbd", "path": "{path}", "export": "a,b"}}}}',
+            {"driver": "nbd", "server": {"type": "unix", "path": str(path)}, "export": "a,b"},
+        ):
+            graph = Graph()
+            node = await graph.open(description, read_only=True)
+            assert node.size == random_disk.stat().st_size
+            assert node.filename() == f"nbd+unix:///a,b?socket={path}"
+            await graph.close_all()
+
+
+async def test_ports_are_numbers_or_text() -> None:
+    """QEMU's are text; both are taken."""
+    with peers.nbdkit("memory", "1M", tcp=True) as peer:
+        for port in (peer.endpoint.port, str(peer.endpoint.port)):
+            async with opened({"driver": "nbd", "host": "127.0.0.1", "port": port}) as backend:
+                assert backend.size == 1 << 20
 
 
 async def test_wrong_options_are_named() -> None:

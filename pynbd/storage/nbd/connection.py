@@ -248,6 +248,10 @@ class Connection:
             self._lose(f"receiving failed: {problem.strerror or problem}")
         except RemoteProtocolError as problem:
             self._lose(f"the server broke the protocol: {problem}")
+        except BaseException as problem:
+            # A fault of ours: nobody must wait for ever because of it.
+            self._lose(f"{type(problem).__name__}: {problem}")
+            raise
 
     def _receive(self) -> None:
         budget = MAX_WAKEUP_BYTES
@@ -263,7 +267,8 @@ class Connection:
             except BlockingIOError:
                 return
             if not count:
-                raise ConnectionResetError(errno.ECONNRESET, "the server closed the connection")
+                self._lose("the server closed the connection")
+                return
             budget -= count
             if self._in_place is None:
                 self._filled += count

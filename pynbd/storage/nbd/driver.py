@@ -3,7 +3,6 @@
 Limits: no TLS yet; no resize; a server that restarts must serve an export of the same size and no less able.
 """
 
-import errno
 from collections.abc import Sequence
 from itertools import islice
 from typing import Annotated, Any, ClassVar
@@ -190,10 +189,8 @@ class Nbd(Driver):
         flags = info.flags
         if flags & TransmissionFlag.READ_ONLY and not self.node.read_only:
             if not self.options.auto_read_only:
-                raise OSError(
-                    errno.EROFS,
-                    f"{self.node.name}: export {self.options.export!r} of '{self._address}' is read-only; "
-                    f"open it with read-only=on",
+                raise errors.BlockError(
+                    f"{self._described()}: the server has this export read-only; open it with read-only=on"
                 )
             self.node.read_only = True
         extended = established.mode is ReplyMode.EXTENDED

@@ -1,6 +1,7 @@
 """A connection that is made again when it is lost, and the requests that wait for that."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from enum import Enum
@@ -12,6 +13,8 @@ from nbd_protocol.errors import LocalProtocolError
 from pynbd.block.errors import BlockError
 from pynbd.storage.nbd.connection import Connection, Lost, Request
 from pynbd.storage.nbd.durability import Durability
+
+log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S = 0.05
 """Before the second attempt to reach a server; a restart of a local one takes about that long …"""
@@ -142,6 +145,7 @@ class Link:
     def _lost(self, connection: Connection, reason: str, unanswered: list[Request]) -> None:
         """The connection broke: try again with what it has not answered, or fail it."""
         self._connection = None
+        log.warning("%s: the connection was lost: %s; not answered yet: %d", self.name, reason, len(unanswered))
         self._end_flushes([request for request in unanswered if request.command is Command.FLUSH])
         unanswered = [request for request in unanswered if request.command is not Command.FLUSH]
         self._waiting = unanswered + self._waiting
@@ -166,9 +170,12 @@ class Link:
         try:
             connection = await dial_until(self._dial, self._lost, deadline)
         except (OSError, BlockError) as problem:
+            reason = getattr(problem, "strerror", None) or str(problem)
+            log.warning("%s: not connected again: %s; failed: %d", self.name, reason, len(self._waiting))
             self.state = LinkState.DOWN
-            self._fail_waiting(getattr(problem, "strerror", None) or str(problem))
+            self._fail_waiting(reason)
             return
+        log.info("%s: connected again; waiting: %d", self.name, len(self._waiting))
         self._connection = connection
         self.state = LinkState.CONNECTED
         waiting, self._waiting = self._waiting, []
