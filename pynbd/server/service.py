@@ -161,7 +161,11 @@ class Service:
                 log.error("export %r: %d requests are lost", export.name, export.backend.in_flight)
                 continue
             self.graph.detach(export.backend)
-        await self.graph.close_all()
+        try:
+            await self.graph.close_all()
+        except OSError as problem:
+            text = f"not everything could be flushed, what was written last may be lost: {problem.strerror or problem}"
+            raise OSError(problem.errno, text) from problem
 
 
 @contextlib.asynccontextmanager
