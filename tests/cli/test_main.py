@@ -1,0 +1,92 @@
+"""The command as such: what it imports, its help, and how it refuses what it does not know."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pynbd import __version__
+from pynbd.cli import VERBS, main
+
+HEAVY = ("asyncio", "construct", "logging", "msgspec", "nbd_protocol", "pynbd.block", "rich", "tempfile")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["serve", "--help"], ["info", "--help"], []])
+def test_help_imports_nothing_that_is_slow(arguments: list[str]) -> None:
+    program = (
+        "import sys\nfrom pynbd.cli import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
+        f"sys.exit(' '.join(name for name in {HEAVY!r} if name in sys.modules) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.replace("pynbd: the following arguments are required: VERB\n", "")) == (0, "")
+
+
+@pytest.mark.parametrize("verb", ["", "serve"])
+def test_help_fits_a_terminal(verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as end:
+        main([verb, "--help"] if verb else ["--help"])
+    said = capsys.readouterr().out
+    assert end.value.code == 0
+    assert max(map(len, said.splitlines())) <= 80
+    assert not verb or f"pynbd {verb}" in said
+
+
+def test_every_verb_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    for name, verb in VERBS.items():
+        assert f"{name} " in said
+        assert verb.summary in said
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert (end.value.code, capsys.readouterr().out) == (0, f"pynbd {__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "pynbd: the following arguments are required: VERB"),
+        (["srve"], "pynbd: VERB: invalid choice: 'srve' (choose from"),
+        (["--verison", "drivers"], "pynbd: there is no option --verison (did you mean --version?)"),
+        (["serve", "--readonly", "x"], "pynbd serve: there is no option --readonly (did you mean --read-only?)"),
+        (["serve", "--Q=1", "x"], "pynbd serve: there is no option --Q (see pynbd serve --help)"),
+        (["info", "a", "b", "c"], "pynbd info: 'b' is one argument too many (see pynbd info --help)"),
+        (["serve", "--read", "x"], "pynbd serve: there is no option --read (did you mean"),
+    ],
+)
+def test_errors_are_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    out, err = capsys.readouterr()
+    assert (end.value.code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(said)
+
+
+def test_it_is_a_module_too() -> None:
+    done = subprocess.run([sys.executable, "-m", "pynbd", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"pynbd {__version__}\n"
+
+
+def test_names_that_are_no_utf8_are_printed_as_they_are(tmp_path: Path) -> None:
+    """A name is bytes; what is printed of it can be pasted."""
+    name = os.fsencode(tmp_path) + b"/\xff.raw"
+    Path(os.fsdecode(name)).write_bytes(bytes(1 << 20))
+    command = [sys.executable, "-m", "pynbd", "serve", "-p", "0", os.fsdecode(name)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "LC_ALL": "C.UTF-8"}) as server:
+        try:
+            assert server.stdout is not None
+            assert name in server.stdout.readline()
+        finally:
+            server.terminate()
+        server.stdout.read()
+    assert server.returncode == 0
