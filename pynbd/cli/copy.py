@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from pynbd.block.graph import Graph
     from pynbd.cli.copier import Copier
 
-REQUESTS = 16
-"""As many as nbdkit has threads. Buffers of more would not stay in the processor's cache: with 64, a copy from a local
-server to a file took a third longer."""
+REQUESTS = 64
+"""As nbdcopy's: enough for a server a few milliseconds away, and 16 MiB of buffers."""
 
 REQUEST_SIZE = "256k"
 CONNECTIONS = 4
