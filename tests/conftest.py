@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.peers import TOOL_MISSING
 
@@ -17,6 +18,10 @@ IN_CI = bool(os.environ.get("CI"))
 CHUNK_BYTES = 1 << 20
 
 Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
+
+# How long an example takes says more of the machine than of the code.
+settings.register_profile("pynbd", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("pynbd")
 
 DiskMaker = Callable[..., Path]
 """make_disk(size_bytes, *, seed=0, extents=None, name="disk.raw") -> Path"""
