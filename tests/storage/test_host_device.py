@@ -46,9 +46,7 @@ async def test_a_device_is_found_by_its_name(device: Path, open_disk: OpenDisk) 
 
 
 async def test_a_device_is_no_file(device: Path, open_disk: OpenDisk) -> None:
-    with pytest.raises(
-        BlockError, match=r"it is a block device, and the driver file needs .*; use the driver host"
-    ):
+    with pytest.raises(BlockError, match=r"it is a block device, and the driver file needs .*; use the driver host"):
         async with open_disk({"driver": "file", "filename": str(device)}):
             pass
 
