@@ -281,7 +281,7 @@ class BlockBackend:
             OSError: EINVAL outside the disk; else what the storage said. `into` holds anything then.
         """
         edge, length = self.root, len(into)
-        if not self._ready or edge is None or offset < 0 or offset + length > edge.node.driver.size:
+        if not self._ready or edge is None or not length or offset < 0 or offset + length > edge.node.driver.size:
             await self._read_slowly(offset, into, flags)
             return
         started = perf_counter_ns()
@@ -309,7 +309,8 @@ class BlockBackend:
 
     async def _read_slowly(self, offset: int, into: memoryview, flags: int) -> None:
         async def start(edge: Child) -> bool:
-            await edge.read(offset, into, flags)
+            if len(into):  # no driver gets a request for nothing
+                await edge.read(offset, into, flags)
             return True
 
         if not await self._run(Operation.READ, offset, len(into), start):
@@ -328,6 +329,7 @@ class BlockBackend:
         if (
             not self._ready
             or edge is None
+            or not length
             or not edge.may_write
             or offset < 0
             or offset + length > edge.node.driver.size
@@ -367,7 +369,11 @@ class BlockBackend:
         return edge.write_now(offset, data)
 
     async def _write_slowly(self, offset: int, data: memoryview, flags: int) -> None:
-        await self._run(Operation.WRITE, offset, len(data), lambda edge: edge.write(offset, data, flags), writes=True)
+        async def start(edge: Child) -> None:
+            if len(data):
+                await edge.write(offset, data, flags)
+
+        await self._run(Operation.WRITE, offset, len(data), start, writes=True)
 
     async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
         """Make a range read as zeroes; with `MAY_UNMAP` its space may be given back.

@@ -6,6 +6,7 @@ flight in the part that changes.
 
 import logging
 import re
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -29,6 +30,12 @@ log = logging.getLogger(__name__)
 
 MAX_CHAIN_DEPTH = 200
 """Nodes from a user down to the last child; as QEMU's limit for backing chains."""
+
+FRAMES_PER_NODE = 10
+"""Function calls, one inside the other, that a request takes per node on its way down, at the most."""
+
+FRAMES_ABOVE = 500
+"""Function calls that are left for whoever sends the request."""
 
 MAX_BITMAPS = 65535
 """Dirty bitmaps of one node; as many as qcow2 can keep."""
@@ -269,8 +276,11 @@ class Graph:
         for child in children.values():
             if not child.opened:
                 raise BlockError(f"{child.describe()} is being closed")
-        if any(chain_depth(child) >= MAX_CHAIN_DEPTH for child in children.values()):
+        depth = 1 + max((chain_depth(child) for child in children.values()), default=0)
+        if depth > MAX_CHAIN_DEPTH:
             raise BlockError(f"{node.name}: a chain of more than {MAX_CHAIN_DEPTH} nodes")
+        # Python's own limit would end requests in the middle of a deep chain.
+        sys.setrecursionlimit(max(sys.getrecursionlimit(), FRAMES_ABOVE + FRAMES_PER_NODE * depth))
         for name, child in children.items():
             edge = Child(name, plan.kind.children[name].role, node, child)
             child.parents.append(edge)

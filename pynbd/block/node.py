@@ -123,6 +123,26 @@ class Node:
         A node that adds nothing to a kind of request is left out of that request's way: its path holds the
         function of the node below. Only called while nothing is in flight.
         """
+        for node in self.with_nodes_above():
+            node.bind_path()
+
+    def with_nodes_above(self) -> list["Node"]:
+        """This node and all above it, each before its parents, and once, however many ways lead there."""
+        order: list[Node] = []
+        seen: set[Node] = set()
+
+        def visit(node: Node) -> None:
+            seen.add(node)
+            for edge in node.parents:
+                if isinstance(edge.parent, Node) and edge.parent not in seen:
+                    visit(edge.parent)
+            order.append(node)
+
+        visit(self)
+        return order[::-1]
+
+    def bind_path(self) -> None:
+        """Work out the data path of this node from those of its children."""
         for child in self.children.values():
             child.bind()
         own, passed = self._own_path(), set[str]()
@@ -136,7 +156,8 @@ class Node:
         self.path = own
         for edge in self.parents:
             edge.bind()
-            edge.parent.below_changed(edge)
+            if not isinstance(edge.parent, Node):
+                edge.parent.below_changed(edge)
 
     def _own_path(self) -> DataPath:
         self._counts_writes = True
@@ -145,7 +166,7 @@ class Node:
         unwatched = self.write_guard is None and self.options.detect_zeroes == "off"
         immediate = plain and unwatched and type(driver).write_now is not Driver.write_now
         return DataPath(
-            read=self.calls.read if plain and driver.zero_past_end else self._read,
+            read=self._read if not plain else self.calls.read if driver.zero_past_end else self._read_plain,
             write=self._write_plain if plain and unwatched else self._write,
             write_zeroes=self._write_zeroes,
             discard=self._discard,
@@ -177,6 +198,13 @@ class Node:
     def below_changed(self, edge: Child) -> None:
         """A node below has another data path."""
         self.relink()
+
+    async def _read_plain(self, offset: int, into: memoryview, flags: int) -> None:
+        """`_read` of a node whose driver takes any request that does not reach past the end."""
+        if offset + len(into) > self.driver.size:
+            await self._read(offset, into, flags)
+        else:
+            await self.calls.read(offset, into, flags)
 
     async def _read(self, offset: int, into: memoryview, flags: int) -> None:
         inside = self.driver.size - offset
@@ -558,8 +586,10 @@ class Node:
 
     def users(self) -> Iterator["User"]:
         """Everybody who sends requests to this node, straight or through nodes above; some may come twice."""
-        for edge in self.parents:
-            yield from edge.parent.users()
+        for node in self.with_nodes_above():
+            for edge in node.parents:
+                if not isinstance(edge.parent, Node):
+                    yield from edge.parent.users()
 
     async def allocated_size(self) -> int | None:
         """Bytes used on the host by this node and the files below it (not its backing chain)."""
