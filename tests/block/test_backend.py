@@ -396,3 +396,16 @@ async def test_without_a_write_cache_every_write_is_durable(graph: Graph, kind: 
     backend.write_cache = False
     await REQUESTS[kind](backend)
     assert storage.calls[-1].what == "flush"
+
+
+async def test_no_driver_gets_a_request_for_nothing(graph: Graph) -> None:
+    """At any place, the end included; it is counted all the same."""
+    for tree in ({"driver": "model", "size": SIZE}, {"driver": "watcher", "file": {"driver": "model", "size": SIZE}}):
+        backend = attach(graph, await graph.open(tree))
+        for offset in (0, 5, SIZE):
+            await backend.read(offset, memoryview(bytearray()))
+            await backend.write(offset, memoryview(b""), RequestFlag.FUA)
+            await backend.write_zeroes(offset, 0)
+            await backend.discard(offset, 0)
+        assert not [call for call in model(backend.node).calls if call.what != "flush"]
+        assert backend.statistics.operations[Operation.READ] == 3
