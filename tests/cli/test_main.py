@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from pynbd import __version__
 from pynbd.cli import VERBS, main
+from tests.peers import ROOT
 
 HEAVY = ("asyncio", "construct", "logging", "msgspec", "nbd_protocol", "pynbd.block", "rich", "tempfile")
 
@@ -90,3 +92,14 @@ def test_names_that_are_no_utf8_are_printed_as_they_are(tmp_path: Path) -> None:
             server.terminate()
         server.stdout.read()
     assert server.returncode == 0
+
+
+def test_the_manual_of_serve_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    options = set(re.findall(r"(?<![\w-])--?[a-zA-Z][a-z-]*", capsys.readouterr().out.partition("\nDISK is")[0]))
+    manual = (ROOT / "docs" / "serve.md").read_text()
+    assert sorted(option for option in options if not re.search(rf"`[^`\n]*(?<![\w-]){option}(?![\w-])", manual)) == [
+        "--help",
+        "-h",
+    ]

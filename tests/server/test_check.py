@@ -12,6 +12,7 @@ import pytest
 from pynbd.block.errors import OptionError
 from pynbd.server.check import check
 from pynbd.server.config import from_tree
+from tests.peers import ROOT
 
 NODES = """
 [[node]]
@@ -147,3 +148,10 @@ def test_nothing_is_opened(tmp_path: Path) -> None:
         ["fifo", "mine.py"],
         ["__pycache__", "fifo", "mine.py"],
     )
+
+
+def test_the_example_of_the_manual_is_right() -> None:
+    _, _, text = (ROOT / "docs" / "serve.md").read_text().partition("```toml\n")
+    config = from_tree(tomllib.loads(text.partition("```")[0]))
+    check(config)
+    assert set(config.exports) == {"disk0", "slow", ""}
