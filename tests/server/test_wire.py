@@ -1,0 +1,298 @@
+"""A plain wire: every byte in order whatever the sizes, nothing used again too early, nothing left open."""
+
+import asyncio
+import contextlib
+import os
+import random
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pynbd.server import wire as wire_module
+from pynbd.server.wire import FileSpan, Item, PlainWire, SpanFile, has_hole, tune
+from tests.server.clients import LIMIT_S, open_descriptors
+
+KIB, MIB = 1 << 10, 1 << 20
+
+
+class End:
+    """One wire, its peer's socket, and what it told."""
+
+    def __init__(self, *, buffer_bytes: int = 0) -> None:
+        ours, self.peer = socket.socketpair()
+        for sock in (ours, self.peer):
+            sock.setblocking(False)
+            if buffer_bytes:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
+        self.readable = self.sent = 0
+        self.lost: list[OSError] = []
+        self.wire = PlainWire(asyncio.get_running_loop(), ours, self._on_readable, self._on_sent, self.lost.append)
+
+    def _on_readable(self) -> None:
+        self.readable += 1
+
+    def _on_sent(self) -> None:
+        self.sent += 1
+
+    async def receive(self, count: int) -> bytes:
+        data = bytearray()
+        async with asyncio.timeout(LIMIT_S):
+            while len(data) < count:
+                piece = await asyncio.get_running_loop().sock_recv(self.peer, min(count - len(data), MIB))
+                assert piece, f"the end after {len(data)} of {count} bytes"
+                data += piece
+        return bytes(data)
+
+
+@contextlib.contextmanager
+def wired(*, buffer_bytes: int = 0) -> Iterator[End]:
+    """Afterwards no descriptor may be left open."""
+    before = open_descriptors()
+    end = End(buffer_bytes=buffer_bytes)
+    try:
+        yield end
+    finally:
+        end.wire.close()
+        end.peer.close()
+    assert open_descriptors() == before
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "file"
+    path.write_bytes(random.Random(4).randbytes(3 * MIB))
+    return path
+
+
+def span(fd: int, offset: int, length: int, end: bytes, problems: list[OSError | None]) -> FileSpan:
+    def finish(problem: OSError | None) -> bytes:
+        problems.append(problem)
+        return end
+
+    return FileSpan(SpanFile(fd, os.fstat(fd)), offset, length, finish)
+
+
+@pytest.mark.parametrize("seed", range(10))
+async def test_all_bytes_arrive_in_order(seed: int, file: Path) -> None:
+    """Buffers, borrowed buffers and spans of all sizes, through a socket that takes little at a time."""
+    source = random.Random(seed)
+    content = file.read_bytes()
+    expected = bytearray()
+    problems: list[OSError | None] = []
+    with wired(buffer_bytes=source.choice([0, 1, 20000])) as end, file.open("rb") as opened:
+        borrowed = bytearray(100 * KIB)
+        for _ in range(30):
+            items: list[Item] = []
+            for _ in range(source.randint(1, 4)):
+                size = source.choice([0, 1, 16, 4096, source.randint(1, 300 * KIB)])
+                data = source.randbytes(size)
+                if source.random() < 0.3 and size:
+                    offset = source.randrange(len(content) - size)
+                    items.append(span(opened.fileno(), offset, size, b"end of span", problems))
+                    expected += content[offset : offset + size] + b"end of span"
+                else:
+                    items.append(source.choice([bytes, bytearray, memoryview])(data))
+                    expected += data
+            end.wire.send(items)
+            size = source.randint(1, len(borrowed))
+            borrowed[:size] = source.randbytes(size)
+            expected += borrowed[:size]
+            end.wire.send_borrowed(memoryview(borrowed)[:size])
+            borrowed[:] = bytes(len(borrowed))  # it is used for something else at once
+            assert end.wire.unsent >= 0
+            await asyncio.sleep(0)
+        assert await end.receive(len(expected)) == expected
+        await until_sent(end)
+        assert end.wire.unsent == 0
+        assert end.wire.moved == len(expected)
+        assert problems == [None] * len(problems)
+        assert not end.lost
+
+
+async def until_sent(end: End) -> None:
+    async with asyncio.timeout(LIMIT_S):
+        while end.wire.queued:
+            await asyncio.sleep(0)
+
+
+async def test_unsent_counts_memory_and_not_spans(file: Path) -> None:
+    with wired(buffer_bytes=1) as end, file.open("rb") as opened:
+        end.wire.send([bytes(MIB)])
+        before = end.wire.unsent
+        assert before > MIB // 2
+        end.wire.send([b"header", span(opened.fileno(), 0, MIB, b"end", [])])
+        assert end.wire.unsent == before + len(b"header")
+        assert end.wire.queued
+        await end.receive(2 * MIB + 9)
+        await until_sent(end)
+        assert end.wire.unsent == 0
+        assert end.sent
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100 * KIB, 2 * MIB])
+async def test_a_file_that_ends_too_early_is_made_up_and_told(keep: int, file: Path) -> None:
+    content = file.read_bytes()
+    problems: list[OSError | None] = []
+    with wired(buffer_bytes=1) as end, file.open("r+b") as opened:
+        opened.truncate(keep)
+        end.wire.send([b"before", span(opened.fileno(), 0, 3 * MIB, b"after", problems), b"next"])
+        received = await end.receive(6 + 3 * MIB + 5 + 4)
+        assert received == b"before" + content[:keep] + bytes(3 * MIB - keep) + b"after" + b"next"
+        (problem,) = problems
+        assert problem is not None
+        assert f"ends at offset {keep}" in str(problem)
+        assert not end.lost
+
+
+async def test_a_descriptor_that_can_not_be_sent_from_is_told(tmp_path: Path) -> None:
+    problems: list[OSError | None] = []
+    with wired() as end:
+        folder = os.open(tmp_path, os.O_RDONLY)
+        end.wire.send([span(folder, 0, 1000, b"after", problems)])
+        os.close(folder)
+        assert await end.receive(1005) == bytes(1000) + b"after"
+        assert isinstance(problems[0], OSError)
+
+
+async def test_spans_of_one_file_share_a_descriptor(file: Path) -> None:
+    with wired(buffer_bytes=1) as end:
+        fd = os.open(file, os.O_RDONLY)
+        before = open_descriptors()
+        shared = SpanFile(fd, os.fstat(fd))
+        spans = [FileSpan(shared, 0, MIB, lambda problem: b"") for _ in range(50)]
+        assert open_descriptors() == before + 1
+        assert shared.serves(os.fstat(fd))
+        assert not shared.serves(os.fstat(0))
+        os.close(fd)  # the node is gone: what was promised still leaves
+        end.wire.send([*spans])
+        for _ in range(50):
+            assert await end.receive(MIB) == file.read_bytes()[:MIB]
+        await until_sent(end)
+        assert open_descriptors() == before - 1
+        assert not shared.serves(file.stat())
+
+
+async def test_closing_drops_what_is_queued(file: Path) -> None:
+    with wired(buffer_bytes=1) as end, file.open("rb") as opened:
+        items: list[Item] = [span(opened.fileno(), 0, MIB, b"", []) for _ in range(3)]
+        end.wire.send([bytes(MIB), *items, b"x"])
+        assert end.wire.close() == 3
+        assert end.wire.close() == 0
+        assert end.wire.unsent == 0
+        assert not end.wire.queued
+        end.wire.send([b"late"])
+        end.wire.send_borrowed(memoryview(b"late"))
+        end.wire.resume_reading()
+        assert not end.wire.queued
+
+
+async def test_a_peer_that_is_gone_and_a_borrowed_buffer() -> None:
+    with wired() as end:
+        end.peer.close()
+        with pytest.raises(OSError):
+            end.wire.send_borrowed(memoryview(b"x"))
+
+
+@pytest.mark.parametrize("kind", ["buffer", "span"])
+async def test_a_peer_that_is_gone(kind: str, file: Path) -> None:
+    with wired(buffer_bytes=1) as end, file.open("rb") as opened:
+        item: Item = b"x" if kind == "buffer" else span(opened.fileno(), 0, MIB, b"", [])
+        end.peer.close()
+        with pytest.raises(OSError):
+            end.wire.send([item])
+
+
+async def test_a_peer_that_goes_while_something_is_queued_is_told_once(file: Path) -> None:
+    with wired(buffer_bytes=1) as end, file.open("rb") as opened:
+        end.wire.send([bytes(MIB), span(opened.fileno(), 0, MIB, b"", [])])
+        end.peer.close()
+        async with asyncio.timeout(LIMIT_S):
+            while not end.lost:
+                await asyncio.sleep(0)
+        end.wire.close()
+        assert len(end.lost) == 1
+
+
+async def test_receiving(file: Path) -> None:
+    with wired() as end:
+        into = memoryview(bytearray(10))
+        assert end.wire.receive_into(into) == -1
+        end.peer.send(b"abc")
+        assert end.wire.receive_into(into) == 3
+        assert bytes(into[:3]) == b"abc"
+        assert end.wire.moved == 3
+        end.peer.shutdown(socket.SHUT_WR)
+        assert end.wire.receive_into(into) == 0
+
+
+async def test_reading_is_paused_and_resumed() -> None:
+    with wired() as end:
+        end.peer.send(b"abc")
+
+        async def turns() -> int:
+            before = end.readable
+            for _ in range(5):
+                await asyncio.sleep(0)
+            return end.readable - before
+
+        assert await turns() == 0
+        end.wire.resume_reading()
+        end.wire.resume_reading()
+        assert await turns()
+        end.wire.pause_reading()
+        end.wire.pause_reading()
+        assert await turns() == 0
+
+
+async def test_one_turn_sends_so_much_and_no_more(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
+    monkeypatch.setattr(wire_module, "MAX_BYTES_A_TURN", 10_000)
+    content = file.read_bytes()
+    with wired() as end, file.open("rb") as opened:
+        end.wire.send([bytes(5000), bytes(5000), bytes(5000), span(opened.fileno(), 0, 60_000, b"end", [])])
+        for _ in range(3):
+            before = end.wire.moved
+            assert before < 75_003
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert end.wire.moved - before <= 2 * 25_000
+        assert await end.receive(75_003) == bytes(15_000) + content[:60_000] + b"end"
+
+
+async def test_more_buffers_than_one_call_takes() -> None:
+    with wired() as end:
+        items: list[Item] = [bytes([n % 256]) * (n % 5) for n in range(3 * wire_module.MAX_VECTORS + 7)]
+        end.wire.send(list(items))
+        expected = b"".join(bytes([n % 256]) * (n % 5) for n in range(len(items)))
+        assert await end.receive(len(expected)) == expected
+
+
+def test_holes(tmp_path: Path) -> None:
+    path = tmp_path / "sparse"
+    with path.open("w+b") as opened:
+        opened.truncate(8 * MIB)
+        os.pwrite(opened.fileno(), b"x" * MIB, 2 * MIB)
+        status = os.fstat(opened.fileno())
+        assert has_hole(opened.fileno(), 0, MIB, status)
+        assert not has_hole(opened.fileno(), 2 * MIB, MIB, status)
+        assert has_hole(opened.fileno(), 2 * MIB, MIB + 4096, status)
+        with pytest.raises(OSError):
+            has_hole(opened.fileno(), 9 * MIB, MIB, status)
+
+
+def test_tcp_does_not_delay_and_notices_dead_peers() -> None:
+    with socket.socket() as sock:
+        tune(sock)
+        assert not sock.getblocking()
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
+def test_unix_sockets_get_large_buffers() -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        before = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        tune(sock)
+        assert not sock.getblocking()
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) >= before
