@@ -25,6 +25,7 @@ from pynbd.block.options import NodeOptions, OnOffAuto
 from pynbd.block.permissions import Permission
 from pynbd.block.requests import RequestFlag
 from pynbd.storage import aio, linux, opening, pool, sizing, sparse, transfers, zeroing
+from pynbd.storage.in_place import SLOW_S, InPlace
 from pynbd.storage.locks import FileLocks
 
 INLINE_READ_BYTES = 256 << 10
@@ -33,11 +34,8 @@ INLINE_READ_BYTES = 256 << 10
 INLINE_WRITE_BYTES = 64 << 10
 """Larger writes are copied into the page cache by a thread."""
 
-SLOW_S = 0.001
-"""A call on the event loop that takes longer makes the next ones of its kind go to threads …"""
-
-PENALTY_S = 0.1
-"""… for so long."""
+BUFFERED_WRITERS = 2
+"""Threads that write to one file through the page cache at one time."""
 
 FALLBACK_DIRECT_ALIGNMENT = 4096
 """For direct I/O where the kernel does not say; no disk in use has larger blocks."""
@@ -129,9 +127,11 @@ class File(Driver):
         # Direct I/O always goes to the disk, so that there is nothing to be had without waiting.
         self._nowait = None if self._direct else linux.nowait_flags(self._fd)
         self._reads = pool.Batch(self._read_in_thread, always_waits=self._direct)
-        self._writes = pool.Batch(self._write_in_thread, always_waits=self._direct)
-        self._writes_slow_until = float("inf") if self._direct else 0.0
-        self._status_slow_until = 0.0
+        # Buffered writes to one file take turns at the lock of its inode: more threads only quarrel.
+        writers = pool.WORKERS if self._direct else BUFFERED_WRITERS
+        self._writes = pool.Batch(self._write_in_thread, always_waits=self._direct, workers=writers)
+        self._in_place = InPlace(never=self._direct)
+        self._status_in_place = InPlace()
         self._dsync = True
         self._flush_error: OSError | None = None
         self._flushes: aio.FlushQueue | None = None
@@ -212,14 +212,14 @@ class File(Driver):
         length = len(data)
         if flags & FUA and not self.options.cache.no_flush:
             await pool.run(pool.syncs, self._write_durably, offset, data)
-        elif length <= INLINE_WRITE_BYTES and (started := perf_counter()) >= self._writes_slow_until:
+        elif length <= INLINE_WRITE_BYTES and (started := perf_counter()) >= self._in_place.paused_until:
             try:
                 done = os.pwrite(self._fd, data, offset)
             except OSError as problem:
                 raise self._failed(problem, "write", offset, length) from problem
             ended = perf_counter()
             if ended - started > SLOW_S:
-                self._writes_slow_until = ended + PENALTY_S
+                self._in_place.was_slow(ended)
             if done < length:
                 await self._writes.run(offset + done, data[done:])
         else:
@@ -228,7 +228,7 @@ class File(Driver):
             self._grown(offset + length)
 
     def write_now(self, offset: int, data: memoryview) -> bool:
-        if len(data) > INLINE_WRITE_BYTES or (started := perf_counter()) < self._writes_slow_until:
+        if len(data) > INLINE_WRITE_BYTES or (started := perf_counter()) < self._in_place.paused_until:
             return False
         try:
             done = os.pwrite(self._fd, data, offset)
@@ -236,7 +236,7 @@ class File(Driver):
             return False  # `write` meets the same, and tells it
         ended = perf_counter()
         if ended - started > SLOW_S:
-            self._writes_slow_until = ended + PENALTY_S
+            self._in_place.was_slow(ended)
         return done == len(data)
 
     def _write_in_thread(self, offset: int, data: memoryview, flags: int = 0) -> None:
@@ -344,12 +344,12 @@ class File(Driver):
 
     async def block_status(self, offset: int, length: int) -> Sequence[Extent]:
         started = perf_counter()
-        if started < self._status_slow_until:
+        if started < self._status_in_place.paused_until:
             return await pool.run(pool.transfers, sparse.extents, self.node, self._fd, offset, length)
         found = sparse.extents(self.node, self._fd, offset, length)
         ended = perf_counter()
         if ended - started > SLOW_S:
-            self._status_slow_until = ended + PENALTY_S
+            self._status_in_place.was_slow(ended)
         return found
 
     # --- size and shape ------------------------------------------------------------------------------------

@@ -84,17 +84,19 @@ class Batch:
     Args:
         function: serves one request in a thread, given the arguments of `run`.
         always_waits: whether every request waits for the disk (direct I/O).
+        workers: how many may serve requests at one time.
     """
 
-    __slots__ = ("_always_waits", "_function", "_jobs", "_scheduled", "_waiting", "_width")
+    __slots__ = ("_always_waits", "_function", "_jobs", "_scheduled", "_waiting", "_width", "_workers")
 
-    def __init__(self, function: Callable[..., None], *, always_waits: bool = False) -> None:
+    def __init__(self, function: Callable[..., None], *, always_waits: bool = False, workers: int = WORKERS) -> None:
         self._function = function
+        self._workers = workers
         self._always_waits = always_waits
         self._waiting: deque[tuple[asyncio.Future[None], tuple[Any, ...]]] = deque()
         self._scheduled = False
         self._jobs = 0
-        self._width = WORKERS
+        self._width = workers
 
     def run(self, *arguments: Any) -> "asyncio.Future[None]":
         """Serve a request, together with the others of this turn of the event loop."""
@@ -143,7 +145,7 @@ class Batch:
         """A job has served all that it found."""
         self._jobs -= 1
         if served:
-            self._width = WORKERS if waited or self._always_waits else 1
+            self._width = self._workers if waited or self._always_waits else 1
         _tell(answers)
         # What came while the job was about to end has found it still counted.
         if self._waiting and not self._scheduled and self._jobs < self._width:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pynbd.storage import file as file_driver
-from pynbd.storage import linux, pool
+from pynbd.storage import in_place, linux, pool
 from tests.storage.conftest import SIZE, OpenDisk, description, evict
 
 
@@ -106,7 +106,7 @@ async def test_slow_writes_leave_the_loop(
 
     def slow(fd: int, data: memoryview, offset: int) -> int:
         nonlocal now
-        now += 2 * file_driver.SLOW_S
+        now += 2 * in_place.SLOW_S
         return real(fd, data, offset)
 
     async with open_disk(description(disk)) as backend:
@@ -119,7 +119,7 @@ async def test_slow_writes_leave_the_loop(
         assert not jobs
         await backend.write(4096, data)
         assert len(jobs) == 1
-        now += file_driver.PENALTY_S
+        now += in_place.FIRST_PAUSE_S
         await backend.write(8192, data)
         assert len(jobs) == 1
         await backend.write(0, memoryview(bytes(file_driver.INLINE_WRITE_BYTES + 1)))
@@ -134,7 +134,7 @@ async def test_slow_metadata_leaves_the_loop(
 
     def counter() -> float:
         nonlocal now
-        now += 2 * file_driver.SLOW_S
+        now += 1.5 * in_place.SLOW_S
         return now
 
     async with open_disk(description(disk)) as backend:
