@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from pynbd.block.driver import Driver
+from pynbd.block.driver import Driver, Filter
 from pynbd.block.errors import OptionError, io_error
 
 DATA_METHODS = {
@@ -29,6 +29,16 @@ SHAPE_METHODS = {"block_status": 2, "truncate": 2}
 """More of them, which a serial driver is not asked for during other calls, either."""
 
 LIFE_METHODS = {"open": 0, "close": 0, "allocated_size": 0, "info": 0}
+
+OTHER_NAMES = {
+    "extents": "block_status",
+    "flush": "flush_to_disk",
+    "pread": "read",
+    "pwrite": "write",
+    "trim": "discard",
+    "zero": "write_zeroes",
+}
+"""What other servers call these methods. One of such a name would never be called, and nobody would notice a flush less."""
 
 Method = Callable[..., Awaitable[Any]]
 
@@ -59,8 +69,12 @@ def adapt(driver: Driver) -> Driver:
     """What the block layer calls instead of a foreign driver.
 
     Raises:
-        OptionError: a method can't be called with the arguments it gets.
+        OptionError: a method can't be called with the arguments it gets, or has another server's name.
     """
+    default = Filter if isinstance(driver, Filter) else Driver
+    for theirs, ours in OTHER_NAMES.items():
+        if callable(getattr(driver, theirs, None)) and getattr(type(driver), ours) is getattr(default, ours):
+            raise OptionError(f"driver {driver.name!r}: {theirs}() would never be called; its name here is {ours}()")
     return Adapted(driver)
 
 
