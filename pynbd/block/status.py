@@ -67,7 +67,8 @@ async def _from_driver(node: "Node", offset: int, length: int) -> Sequence[Exten
         before = offset - start
         start += min(extent.length, before)
         if extent.length > before:
-            result.append(Extent(extent.length - before, extent.status, extent.where, extent.host_offset + before))
+            host_offset = extent.host_offset + before if extent.where is not None else 0
+            result.append(Extent(extent.length - before, extent.status, extent.where, host_offset))
     return result
 
 
