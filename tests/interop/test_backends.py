@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,12 @@ from typing import Any
 import pytest
 
 from tests.interop.contents import sha256, write_random
+from tests.interop.wire_client import FLUSH, READ, WRITE, WireClient
 from tests.peers import Peer, nbd_server, nbdkit, pynbd_serve, qemu_nbd, require_tool, run
 
 SIZE_BYTES = 32 << 20
 MIB = 1 << 20
+EIO = 5
 
 Backend = Callable[[Path], contextlib.AbstractContextManager[Peer]]
 
@@ -50,6 +54,11 @@ def strict_nbdkit_of(disk: Path) -> contextlib.AbstractContextManager[Peer]:
     return nbdkit("file", disk, *policy, options=["--filter=blocksize-policy"])
 
 
+def unfixed_nbdkit_of(disk: Path) -> contextlib.AbstractContextManager[Peer]:
+    """nbdkit with the first form of newstyle, which knows no option but the export's name."""
+    return nbdkit("file", disk, options=["--mask-handshake=0"])
+
+
 def qemu_nbd_of(disk: Path) -> contextlib.AbstractContextManager[Peer]:
     return qemu_nbd(disk, "--discard=unmap")
 
@@ -60,6 +69,7 @@ BACKENDS: dict[str, Backend] = {
     "nbdkit": nbdkit_of,
     "plain-nbdkit": plain_nbdkit_of,
     "strict-nbdkit": strict_nbdkit_of,
+    "unfixed-nbdkit": unfixed_nbdkit_of,
     "qemu-nbd": qemu_nbd_of,
 }
 
@@ -139,6 +149,16 @@ def test_a_server_that_is_read_only_makes_ours_read_only(random_disk: Path) -> N
         run("qemu-img", "compare", "-f", "raw", "-F", "raw", peer.uri(), random_disk)
 
 
+def test_an_oldstyle_server_can_be_read(sparse_disk: Path) -> None:
+    """nbdkit that negotiates nothing: it tells the size, and that is it. (It refuses what it offers, FUA and flush.)"""
+    require_tool("qemu-img", package="qemu-utils")
+    with (
+        nbdkit("file", sparse_disk, options=["--oldstyle", "-r"]) as below,
+        pynbd_serve("-f", "raw", "-r", below.uri()) as peer,
+    ):
+        run("qemu-img", "compare", "-f", "raw", "-F", "raw", peer.uri(), sparse_disk)
+
+
 def test_errors_of_the_server_below_reach_the_client(tmp_path: Path) -> None:
     """An error is passed on as what it is, for that request alone."""
     require_tool("qemu-io", package="qemu-utils")
@@ -169,3 +189,38 @@ def test_ours_below_ours(sparse_disk: Path, tmp_path: Path) -> None:
         run(sys.executable, "-m", "pynbd", "copy", third.uri(), copy)
     assert sha256(copy) == sha256(sparse_disk)
     assert copy.stat().st_blocks <= sparse_disk.stat().st_blocks
+
+
+async def test_a_server_below_that_is_killed_and_comes_back(tmp_path: Path) -> None:
+    """With reconnect-delay clients above see but a pause, every answered write is there, and a flush tells of it."""
+    program = require_tool("qemu-nbd", package="qemu-utils")
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(bytes(SIZE_BYTES))
+    with contextlib.ExitStack() as at_end:
+        folder = at_end.enter_context(tempfile.TemporaryDirectory(prefix="pynbd-"))
+        command = [program, "-f", "raw", "-t", "-e", "16", "-k", f"{folder}/below.sock", str(disk)]
+
+        def start_below() -> subprocess.Popen[bytes]:
+            process = subprocess.Popen(command)
+            at_end.callback(process.wait)
+            at_end.callback(process.kill)
+            return process
+
+        below = start_below()
+        options = f"driver=nbd,path={folder}/below.sock,open-timeout=30,reconnect-delay=60"
+        peer = at_end.enter_context(pynbd_serve(options))
+        client = await WireClient.connect(peer.endpoint, "structured")
+        for step in range(3):
+            for number in range(64):
+                client.send(WRITE, (step * 64 + number) * 65536, payload=bytes([step * 64 + number]) * 65536)
+            for number in range(64):
+                assert (await client.reply()).error == 0
+                if number == 16 and step < 2:
+                    below.kill()
+                    below.wait()
+                    below = start_below()
+        for number in range(192):
+            assert (await client.call(READ, number * 65536, 65536)).data == bytes([number]) * 65536
+        # What was answered and not flushed may be gone: that is told, once.
+        assert [(await client.call(FLUSH)).error for _ in range(2)] == [EIO, 0]
+        await client.end()

@@ -136,6 +136,19 @@ def test_map_of_allocation_depth(peer: Peer) -> None:
     assert nbd_map(peer, "qemu:allocation-depth") == [(0, SIZE_BYTES, 1)]
 
 
+def test_map_of_the_depth_of_an_overlay(random_disk: Path) -> None:
+    """What was written since is in the first layer, the rest in the one below."""
+    require_tool("qemu-io", package="qemu-utils")
+    with pynbd_serve("-f", "raw", "-s", "-A", random_disk) as peer:
+        assert nbd_map(peer, "qemu:allocation-depth", "") == [(0, 8 << 20, 2)]
+        run("qemu-io", "-f", "raw", "-c", "write 1M 64k", peer.uri())
+        written = [
+            (offset, length) for offset, length, depth in nbd_map(peer, "qemu:allocation-depth", "") if depth == 1
+        ]
+        assert written == [(1 << 20, 64 << 10)]
+        assert nbd_map(peer, "base:allocation", "") == [(0, 8 << 20, 0)]
+
+
 def test_map_of_a_dirty_bitmap(peer: Peer) -> None:
     """Clean at first; then dirty where something was written, zeroed or discarded, and nowhere else."""
     require_tool("qemu-io", package="qemu-utils")
