@@ -40,6 +40,8 @@ FRAMES_ABOVE = 500
 MAX_BITMAPS = 65535
 """Dirty bitmaps of one node; as many as qcow2 can keep."""
 
+URI_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
+
 NODE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,254}")
 """Names that a node may be given. Those that are made up begin with `#`, so the two never meet."""
 
@@ -130,7 +132,7 @@ class Graph:
         if scheme in registry.SCHEMES and ":" in name:
             kind = registry.driver_class(registry.SCHEMES[scheme], trusted=trusted)
             return {"driver": kind.name, **kind.parse_filename(name)}
-        if "://" in name:
+        if "://" in name and URI_SCHEME.fullmatch(scheme):
             known = ", ".join(f"{known}://" for known in sorted(registry.SCHEMES))
             raise OptionError(f"{name}: no driver for {scheme}://; there are: {known} (write ./{name} for a file)")
         if not name:
