@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import os
+import resource
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,7 +94,8 @@ class Client:
     ) -> tuple[int, Sequence[Buffer]]:
         """A request that the caller sends."""
         cookie, buffers = self.transmission.request(command, offset, length, flags, payload, context_ids)
-        self.replies[cookie] = Reply(bytearray(length if command == Command.READ else 0), offset)
+        if command != Command.DISC:
+            self.replies[cookie] = Reply(bytearray(length if command == Command.READ else 0), offset)
         return cookie, buffers
 
     def raw(self, command: int, offset: int = 0, length: int = 0, flags: int = 0, payload: bytes = b"") -> bytes:
@@ -314,6 +317,24 @@ async def add_export(
 
 def open_descriptors() -> int:
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+@contextlib.contextmanager
+def no_descriptors_left() -> Iterator[None]:
+    """Nothing can be opened meanwhile."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir())
+    taken: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, limits[1]))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.open("/dev/null", os.O_RDONLY))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for descriptor in taken:
+            os.close(descriptor)
 
 
 @contextlib.asynccontextmanager

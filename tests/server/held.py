@@ -4,6 +4,7 @@ Named by its file (`HELD`). While `hold` is set, requests of the kinds named the
 """
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -44,9 +45,12 @@ class Held(Driver):
         self.waiting: list[Waiting] = []
         self.calls: list[tuple[str, int, int]] = []
         self.arrived = asyncio.Event()
+        self.on_call: Callable[[], None] | None = None
 
     async def _wait(self, what: str, offset: int, length: int) -> None:
         self.calls.append((what, offset, length))
+        if self.on_call is not None:
+            self.on_call()
         if what in self.hold:
             go: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self.waiting.append(Waiting(what, offset, length, go))
