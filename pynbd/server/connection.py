@@ -169,6 +169,8 @@ class Connection:
         self._lost = False
         self._closed = False
         self._shutting_down = False
+        # Where holes can be told, larger reads ask for them first.
+        self._inline_bytes = HOLE_READ_BYTES - 1 if self._replies.can_send_holes else INLINE_READ_BYTES
         self._can_send_spans = self._replies.can_send_holes
         self.wire = make_wire(self)
         self.backend.on_resize.append(self._resized)
@@ -447,7 +449,7 @@ class Connection:
                 self._out.append(replies.error(request, *(refused or (Errno.ESHUTDOWN, "the server is shutting down"))))
                 continue
             length = request.length
-            if request.type == READ and 0 < length <= INLINE_READ_BYTES:
+            if request.type == READ and 0 < length <= self._inline_bytes:
                 located = locate(request.offset, length)
                 data = position + header
                 end = data + length

@@ -34,7 +34,10 @@ ABORT_GRACE_S = 2.0
 """How long requests may still take once their clients were given up."""
 
 STALL_CHECK_S = 5.0
-MIN_PROGRESS_BYTES = 256 << 10
+PRESSED_CHECK_S = 1.0
+"""How often clients are looked at for progress: usually, and while somebody waits for memory."""
+
+MIN_PROGRESS_BYTES = 64 << 10
 """A client that holds payload memory which others wait for must move so much in every check, or go."""
 
 PAYLOAD_STALL_CHECKS = 12
@@ -237,7 +240,7 @@ class NbdServer:
         if self._stopping or self.exports.get(result.export.name) is not result.export:
             connection.shut_down()
         if self._stall_timer is None:
-            self._stall_timer = self._loop.call_later(STALL_CHECK_S, self._check_stalls)
+            self._stall_timer = self._loop.call_later(self._stall_check_s, self._check_stalls)
 
     def _gone(self, connection: Connection) -> None:
         log.info("%s: gone", connection.peer)
@@ -255,6 +258,10 @@ class NbdServer:
         """A client has gone: whoever waits in the kernel may come in."""
         if not self._accepting and not self._stopping:
             self._watch_listeners()
+
+    @property
+    def _stall_check_s(self) -> float:
+        return min(PRESSED_CHECK_S, STALL_CHECK_S) if self.budget.waiting else STALL_CHECK_S
 
     def _check_stalls(self) -> None:
         """Close clients that hold memory others wait for, and do not move; and payloads that never end."""
@@ -274,7 +281,7 @@ class NbdServer:
                 )
                 connection.abort()
         if self.connections:
-            self._stall_timer = self._loop.call_later(STALL_CHECK_S, self._check_stalls)
+            self._stall_timer = self._loop.call_later(self._stall_check_s, self._check_stalls)
 
     # --- the end ------------------------------------------------------------------------------------------
 
