@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,9 +148,15 @@ def _run_file(path: Path, filename: str) -> Any:
         del sys.modules[name]
         if not isinstance(problem, Exception | SystemExit):
             raise
-        line = problem.__traceback__
-        while line is not None and line.tb_next is not None:
-            line = line.tb_next
-        where = f"{filename}:{line.tb_lineno}" if line is not None else filename
+        line = _line_of(problem, path)
+        where = filename if line is None else f"{filename}:{line}"
         raise OptionError(f"{where}: {type(problem).__name__}: {problem}") from problem
     return module
+
+
+def _line_of(problem: BaseException, path: Path) -> int | None:
+    """The last line of a file that was at work when something went wrong, be it further down in a library."""
+    if isinstance(problem, SyntaxError) and problem.filename == str(path):
+        return problem.lineno
+    lines = [line for frame, line in traceback.walk_tb(problem.__traceback__) if frame.f_code.co_filename == str(path)]
+    return lines[-1] if lines else None
