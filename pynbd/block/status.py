@@ -31,9 +31,11 @@ async def layer_status(node: "Node", offset: int, length: int) -> Sequence[Exten
     Raises:
         OSError: what the driver said; EIO if its answer makes no sense.
     """
+    if not length:
+        return ()
     inside = node.size - offset
     if inside <= 0:
-        return (Extent(length, SHORT),) if length else ()
+        return (Extent(length, SHORT),)
     found: list[Extent] = []
     rest = min(length, inside)
     for extent in await _from_driver(node, offset, rest):
@@ -48,7 +50,7 @@ async def layer_status(node: "Node", offset: int, length: int) -> Sequence[Exten
                 break
         else:
             found.append(part)
-    if not found and length:
+    if not found:
         raise io_error(errno.EIO, node.name, f"driver {node.driver.name}: block_status told nothing of {offset}")
     return found
 

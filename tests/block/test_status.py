@@ -236,3 +236,11 @@ async def test_past_the_end(graph: Graph) -> None:
 async def test_a_driver_that_knows_nothing_of_holes_has_data(graph: Graph) -> None:
     node = await graph.open({"driver": "model", "size": 100})
     assert await node.block_status(10, 20) == [ChainExtent(20, DATA, 1)]
+
+
+@pytest.mark.parametrize("alignment", [1, 64])
+async def test_nothing_is_asked_about_nothing(graph: Graph, alignment: int) -> None:
+    node = await graph.open({"driver": "model", "size": 128, "limits": {"request_alignment": alignment}})
+    for offset in (0, 32, 64, 128):
+        assert list(await node.layer_status(offset, 0)) == []
+        assert list(await node.block_status(offset, 0)) == []
