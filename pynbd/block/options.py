@@ -13,7 +13,7 @@ value of text becomes a typed one.
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -140,7 +140,8 @@ def parse_dotted(text: str, *, implied_key: str = "") -> dict[str, Any]:
         implied_key: the key of a first part that has none.
 
     Raises:
-        OptionError: a part has no key, a key is given twice, or it is too long or too deep.
+        OptionError: a part has no key, a key is given twice, the keys are those of a list, or it is too long or too
+            deep.
     """
     if len(text) > MAX_OPTION_TEXT:
         raise OptionError(f"a description of {len(text)} characters is too long (at most {MAX_OPTION_TEXT})")
@@ -154,7 +155,14 @@ def parse_dotted(text: str, *, implied_key: str = "") -> dict[str, Any]:
         elif not equals:
             raise OptionError(f"{part!r}: expected KEY=VALUE")
         _put(tree, key.split("."), value, key)
-    return _lists(tree)  # type: ignore[no-any-return]  # a mapping of names stays a mapping
+    return _named(_lists(tree))
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """The whole tree, whose top must be options with names."""
+    if not isinstance(tree, dict):
+        raise OptionError(f"expected options with names, found a list (0 to {len(tree) - 1})")
+    return tree
 
 
 def _put(tree: dict[str, Any], path: Sequence[str], value: Any, key: str) -> None:
@@ -188,7 +196,7 @@ def parse_json(text: str) -> dict[str, Any]:
     """The tree of a `json:{…}` description (or of the JSON alone).
 
     Raises:
-        OptionError: it is no JSON object, or too long.
+        OptionError: it is no JSON object of options with names, or it is too long or too deep.
     """
     body = text.removeprefix("json:")
     if len(body) > MAX_OPTION_TEXT:
@@ -199,7 +207,7 @@ def parse_json(text: str) -> dict[str, Any]:
         raise OptionError(f"json: {problem}: {body[:60]!r}") from None
     if not isinstance(tree, dict):
         raise OptionError(f"json: expected an object of options, found {body[:60]!r}")
-    return _undotted(tree, 0)  # type: ignore[no-any-return]  # a mapping of names stays a mapping
+    return _named(_undotted(tree, 0))
 
 
 def _undotted(tree: Any, depth: int) -> Any:
@@ -212,7 +220,7 @@ def _undotted(tree: Any, depth: int) -> Any:
         return tree
     result: dict[str, Any] = {}
     for key, value in tree.items():
-        inner = _undotted(value, depth + 1)
+        inner = _undotted(value, depth + 1 + key.count("."))
         if isinstance(inner, dict) and isinstance(result.get(key), dict):
             # {"file.filename": …, "file": {…}} speaks of one group.
             for name, option in inner.items():
@@ -273,13 +281,13 @@ def _typed(value: Any, info: msgspec.inspect.Type, path: str, driver: str) -> An
     """Text turned into what the option's type expects; anything else as it is."""
     if isinstance(info, msgspec.inspect.Metadata):
         if isinstance(value, str) and (info.extra or {}).get("size"):
-            return parse_size(value, what=path)
+            return _of_driver(parse_size, value, path, driver)
         return _typed(value, info.type, path, driver)
     if isinstance(info, msgspec.inspect.UnionType):
         kinds = [kind for kind in info.types if not isinstance(kind, msgspec.inspect.NoneType)]
         return _typed(value, kinds[0], path, driver) if len(kinds) == 1 else value
     if isinstance(info, msgspec.inspect.BoolType) and isinstance(value, str):
-        return parse_switch(value, what=path)
+        return _of_driver(parse_switch, value, path, driver)
     if isinstance(info, msgspec.inspect.LiteralType) and value not in info.values:
         allowed = ", ".join(repr(v) for v in info.values)
         raise OptionError(f"{path}: {value!r} is not one of {allowed} ({_owner(driver)})")
@@ -288,3 +296,11 @@ def _typed(value: Any, info: msgspec.inspect.Type, path: str, driver: str) -> An
     if isinstance(info, msgspec.inspect.ListType | msgspec.inspect.VarTupleType) and isinstance(value, list):
         return [_typed(item, info.item_type, f"{path}.{number}", driver) for number, item in enumerate(value)]
     return value
+
+
+def _of_driver(parse: Callable[..., int], text: str, path: str, driver: str) -> int:
+    """What `parse_size` or `parse_switch` makes of a text; if it is wrong, the error also says whose option it is."""
+    try:
+        return parse(text, what=path)
+    except OptionError as problem:
+        raise OptionError(f"{problem} ({_owner(driver)})") from None
