@@ -38,7 +38,8 @@ OTHER_NAMES = {
     "trim": "discard",
     "zero": "write_zeroes",
 }
-"""What other servers call these methods. One of such a name would never be called: who notices a flush that is missing?"""
+"""What other servers call these methods. One of such a name would never be called, and who notices a flush that is
+missing?"""
 
 Method = Callable[..., Awaitable[Any]]
 
