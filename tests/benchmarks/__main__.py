@@ -7,19 +7,23 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from tests.benchmarks.cells import CELLS, Cell, chosen
+from tests.benchmarks.chart import chart
 from tests.benchmarks.disks import Disks
-from tests.benchmarks.report import as_data, print_report
-from tests.benchmarks.rounds import Plan, Row, Terms, measure
+from tests.benchmarks.markdown import markdown
+from tests.benchmarks.report import as_data, missed, print_report
+from tests.benchmarks.rounds import Plan, Row, Run
 from tests.benchmarks.servers import DEFAULT_PEERS, PEERS, PYNBD, Server, Setup
-from tests.peers import ROOT, SYSTEM_PATH
+from tests.peers import ROOT, SYSTEM_PATH, CommandError
+from tests.peers import run as run_client
 
-CLIENTS = ("fio", "fincore", "qemu-img", "nbdinfo", "taskset")
+CLIENTS = ("fio", "fincore", "qemu-img", "nbdcopy", "nbdinfo", "taskset")
 """The programs that the benchmark itself uses."""
 
 LEAST_SIZE_MIB = 256
@@ -29,43 +33,83 @@ WIDTH_WITHOUT_TERMINAL = 160
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; the exit status is 0 when every server could be measured."""
+    """Run the benchmark.
+
+    The exit status is 0 when every server could be measured, and with --check only if all targets were reached; 1 if
+    not; 2 for arguments that make no sense and for programs that are missing.
+    """
     options = _parser().parse_args(arguments)
     if options.list:
         sys.stdout.write("".join(f"{cell.name}\n" for cell in CELLS))
         return 0
+    if options.from_json:
+        return _report(json.loads(options.from_json.read_text()), options)
     try:
         cells = chosen(options.cells)
         servers = _servers(options.peers.split(","))
+        if options.uvloop:
+            _require_uvloop(options.python)
     except ValueError as error:
         sys.stderr.write(f"benchmarks: {error}\n")
         return 2
-    budget_s = options.minutes * 60
-    plan = Plan.within(budget_s, _weight(cells, servers), options.rounds, options.seconds, pin=options.pin)
+    return _report(_measure(cells, servers, options), options)
+
+
+def _measure(cells: Sequence[Cell], servers: Sequence[Server], options: argparse.Namespace) -> dict[str, Any]:
+    """All cells, as the report's data; what was measured until then when it is broken off."""
+    weight = _weight(cells, servers)
+    plan = Plan.within(options.minutes * 60, weight, options.rounds, options.seconds, pin=options.pin)
     options.directory.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="run-", dir=options.directory))
     disks = Disks(folder, max(options.size, LEAST_SIZE_MIB) << 20)
-    setup = Setup(disks, options.transport == "tcp", options.python)
-    terms: dict[str, Terms] = {}
-    rows: list[Row] = []
+    setup = Setup(disks, options.transport == "tcp", options.python, uvloop=options.uvloop)
+    rows = [Row(cell) for cell in cells]
     with Console(stderr=True).status("making the disks") as progress:
+        run = Run(servers, setup, plan, progress.update)
         try:
             disks.make()
-            for cell in cells:
-                rows.append(Row(cell))
-                measure(rows[-1], servers, setup, plan, terms, progress.update)
+            run.measure(rows)
         except KeyboardInterrupt:
             progress.console.print("stopped; what was measured until here:")
         finally:
             disks.remove()
-    names = [server.name for server in servers]
-    about = f"{'TCP loopback' if setup.tcp else 'Unix socket'}, {setup.pynbd_python} for pynbd"
-    data = as_data(rows, names, plan, terms, about)
+    return as_data(rows, [server.name for server in servers], plan, run.commands, _about(setup, plan))
+
+
+def _about(setup: Setup, plan: Plan) -> str:
+    told = run_client(setup.pynbd_python, "-c", "import platform; print(platform.python_version())").strip()
+    transport = "TCP loopback" if setup.tcp else "Unix socket"
+    pinned = ", server on processor 0 and client on processor 1" if plan.pin else ""
+    return f"{transport}, pynbd on Python {told}{' with uvloop' if setup.uvloop else ''}{pinned}"
+
+
+def _report(data: Mapping[str, Any], options: argparse.Namespace) -> int:
+    """Write all that is asked for, and judge."""
     if options.json:
-        _write_json(data, options.json)
-    if options.json != "-":
-        print_report(data, names, _console())
-    return int(any(None in row.samples[name] for row in rows for name in row.samples))
+        _write(json.dumps(data, indent=1) + "\n", options.json)
+    if options.markdown:
+        _write(markdown(data), options.markdown)
+    if options.chart:
+        _write(chart(data), options.chart)
+    if "-" not in (options.json, options.markdown, options.chart):
+        print_report(data, _console())
+    status = 0
+    if options.check and (lines := missed(data)):
+        sys.stderr.write("".join(f"missed: {line}\n" for line in lines))
+        status = 1
+    not_measured = [
+        f"{cell['name']} by {name}"
+        for cell in data["cells"]
+        for name, told in cell["figures"].items()
+        if None in told["values"]
+    ]
+    not_measured += [
+        f"{cell['name']} by {data['ours']}" for cell in data["cells"] if data["ours"] not in cell["figures"]
+    ]
+    if not_measured:
+        sys.stderr.write(f"could not be measured in all rounds: {', '.join(not_measured)}\n")
+        status = 1
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,12 +121,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--peers", default=",".join(DEFAULT_PEERS), help=f"of {', '.join(peer.name for peer in PEERS)} (%(default)s)"
     )
-    parser.add_argument("--rounds", type=int, default=4, help="interleaved rounds (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=4, help="interleaved rounds over all cells (%(default)s)")
     parser.add_argument("--seconds", type=float, help="length of a measurement (what fits --minutes)")
     parser.add_argument("--minutes", type=float, default=10, help="when to stop (%(default)s)")
     parser.add_argument("--transport", choices=["unix", "tcp"], default="unix", help="(%(default)s)")
     parser.add_argument("--pin", action="store_true", help="servers on processor 0, clients on processor 1")
     parser.add_argument("--python", default=sys.executable, help="the Python that runs pynbd (this one)")
+    parser.add_argument("--uvloop", action="store_true", help="run pynbd on uvloop, which that Python must have")
     parser.add_argument(
         "--size", type=int, default=512, metavar="MIB", help="size of the file that is served (%(default)s)"
     )
@@ -92,8 +137,26 @@ def _parser() -> argparse.ArgumentParser:
         default=ROOT / ".cache" / "benchmarks",
         help="where that file is made (.cache/benchmarks)",
     )
-    parser.add_argument("--json", metavar="FILE", help="write all figures as JSON; - writes them instead of the table")
+    report = parser.add_argument_group("report", "FILE may be -: standard output, instead of the table")
+    report.add_argument("--json", metavar="FILE", help="write all figures as JSON")
+    report.add_argument("--markdown", metavar="FILE", help="write the table as Markdown")
+    report.add_argument("--chart", metavar="FILE", help="write a chart of the ratios, always as SVG")
+    report.add_argument("--check", action="store_true", help="list the targets that were missed; status 1 if any")
+    report.add_argument(
+        "--from",
+        dest="from_json",
+        type=Path,
+        metavar="JSON",
+        help="measure nothing: report what an earlier run has written by --json",
+    )
     return parser
+
+
+def _require_uvloop(python: str) -> None:
+    try:
+        run_client(python, "-c", "import uvloop")
+    except CommandError:
+        raise ValueError(f"{python} has no uvloop (the extra `uvloop` installs it)") from None
 
 
 def _servers(names: Sequence[str]) -> list[Server]:
@@ -116,8 +179,7 @@ def _weight(cells: Sequence[Cell], servers: Sequence[Server]) -> int:
     return sum(cell.disk in server.serves for cell in cells for server in servers)
 
 
-def _write_json(data: object, where: str) -> None:
-    text = json.dumps(data, indent=1) + "\n"
+def _write(text: str, where: str) -> None:
     if where == "-":
         sys.stdout.write(text)
     else:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 
-from tests.benchmarks.loads import CachedBesideUncached, Fio, FuaWrites, Load, Memory, Start
+from tests.benchmarks.loads import CachedBesideUncached, Fio, Load, Memory, NbdCopy, QemuImgBench, Start
 from tests.benchmarks.servers import Disk
 
 KIB = 1 << 10
@@ -44,13 +44,17 @@ _LOADS: dict[str, tuple[Load, dict[str, float]]] = {
     "read-64k-d16": (Fio("randread", 64 * KIB, 16), _against(1.2, 1.5)),
     "read-1m-d8": (Fio("randread", MIB, 8), _against(1.3, 1.5)),
     "write-1m-d8": (Fio("randwrite", MIB, 8), _against(1.0, 1.0)),
-    "write-4k-fua": (FuaWrites(depth=32), _against(1.0, 1.0)),
+    "write-4k-fua": (QemuImgBench(4 * KIB, 32, writes=True, durable=True), _against(1.0, 1.0)),
     "write-4k-flush32": (Fio("randwrite", 4 * KIB, 32, flush_every=32), _against(1.0, 1.0)),
     "read-4k-d4-c64": (Fio("randread", 4 * KIB, 4, connections=64), _against(1.0, 2)),
 }
 
 CELLS: Sequence[Cell] = (
     *(Cell(name, load, targets=targets) for name, (load, targets) in _LOADS.items()),
+    # The same by other clients: no targets of their own, but nobody shall wonder whether the figures are fio's alone.
+    Cell("qemu-img-read-4k-d32", QemuImgBench(4 * KIB, 32)),
+    Cell("qemu-img-read-64k-d16", QemuImgBench(64 * KIB, 16)),
+    Cell("nbdcopy-read", NbdCopy()),
     Cell("filters3-read-4k-d32", Fio("randread", 4 * KIB, 32), Disk.FILTERED, _against(1.2)),
     *(
         # Memory has nothing to make durable: the cells of FUA and flush are the same as those without.

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 from tests.benchmarks import process
@@ -24,11 +25,22 @@ WRITE_AREA_BYTES = 128 << 20
 COLD_FROM_BYTES = 64 << 20
 """Where the part of the disk begins that is dropped from the page cache, for the cell that reads such data."""
 
-PROBE_REQUESTS = 128
+WARM_UP_S = 0.15
+"""Every measurement begins with so long of the same load that is not counted."""
+
+PROBE_REQUESTS = 256
 """So many requests tell how many qemu-img bench can do in the time it is given; it counts requests, not seconds."""
 
 LAST_REQUEST = 1_000_000
 """The most requests that qemu-img bench is ever given."""
+
+
+class Client(Enum):
+    """Whose implementation of NBD asks: what is negotiated depends on it."""
+
+    LIBNBD = "libnbd"
+    QEMU = "qemu"
+    OWN = "by hand"
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,10 @@ class Load(Protocol):
     def higher_is_better(self) -> bool:
         """Whether more of it is good."""
 
+    @property
+    def client(self) -> Client:
+        """Who asks."""
+
     def measure(self, place: Place) -> Sample:
         """Load the server and tell what came of it. Raises CommandError when a client fails."""
 
@@ -89,6 +105,7 @@ class Fio:
     offset: int = 0
     area_bytes: int | None = None
     higher_is_better: bool = True
+    client: Client = Client.LIBNBD
 
     @property
     def unit(self) -> str:
@@ -104,7 +121,8 @@ class Fio:
             *(f"--numjobs={self.connections}", "--group_reporting", "--unified_rw_reporting=1"),
             *(f"--rwmixread={self.read_percent}", f"--fsync={self.flush_every}"),
             *(f"--offset={self.offset}", f"--size={area_bytes}", "--norandommap", "--percentile_list=50:99"),
-            *("--time_based", f"--runtime={round(seconds * 1000)}ms", "--buffer_compress_percentage=0"),
+            *("--time_based", f"--runtime={round(seconds * 1000)}ms", f"--ramp_time={round(WARM_UP_S * 1000)}ms"),
+            "--buffer_compress_percentage=0",
         ]
 
     def measure(self, place: Place) -> Sample:
@@ -113,7 +131,9 @@ class Fio:
         out = place.client(
             *self.command(place.peer.uri(), place.size_bytes, place.seconds), timeout_s=place.seconds + 60
         )
-        return self.sample(out, process.cpu_seconds(place.peer.pid) - cpu_before_s, place.peer.pid)
+        # The warm-up is not in fio's count of requests, but in the server's processor time.
+        counted = place.seconds / (place.seconds + WARM_UP_S)
+        return self.sample(out, (process.cpu_seconds(place.peer.pid) - cpu_before_s) * counted, place.peer.pid)
 
     def sample(self, out: str, cpu_s: float, pid: int) -> Sample:
         """What fio's report says."""
@@ -132,34 +152,80 @@ class Fio:
 
 
 @dataclass(frozen=True)
-class FuaWrites:
-    """4 KiB writes that each must be on the disk before they are answered, by qemu-img (fio's engine knows no FUA)."""
+class QemuImgBench:
+    """Requests from the disk's beginning on, as QEMU's own client makes them.
 
+    With `durable` each write must be on the disk before it is answered (fio's engine knows no FUA).
+    """
+
+    block_bytes: int
     depth: int
-    unit: str = "kIOPS"
+    writes: bool = False
+    durable: bool = False
     higher_is_better: bool = True
+    client: Client = Client.QEMU
+
+    @property
+    def unit(self) -> str:
+        """Requests for small blocks, bytes for large ones."""
+        return "MB/s" if self.block_bytes >= 64 << 10 else "kIOPS"
+
+    def command(self, uri: str, size_bytes: int, requests: int) -> list[str]:
+        """The command line."""
+        return [
+            *("qemu-img", "bench", "-f", "raw", "-t", "writethrough" if self.durable else "writeback"),
+            *(["-w"] if self.writes else []),
+            *("-s", str(self.block_bytes), "-d", str(self.depth), "-c", str(requests), uri),
+        ]
 
     def measure(self, place: Place) -> Sample:
-        """First a few requests to see the pace, then as many as fill the time."""
-        probe_s = self._writes(place, PROBE_REQUESTS)
+        """First a few requests, to warm up and to see the pace, then as many as fill the time."""
+        probe_s = self._elapsed_s(place, PROBE_REQUESTS)
         requests = round(min(max(PROBE_REQUESTS, PROBE_REQUESTS / probe_s * place.seconds), LAST_REQUEST))
         cpu_before_s = process.cpu_seconds(place.peer.pid)
-        elapsed_s = self._writes(place, requests)
+        elapsed_s = self._elapsed_s(place, requests)
+        moved_bytes = requests * self.block_bytes
         return Sample(
-            value=requests / elapsed_s / 1e3,
+            value=moved_bytes / elapsed_s / 1e6 if self.unit == "MB/s" else requests / elapsed_s / 1e3,
             requests=requests,
+            transferred_bytes=moved_bytes,
             cpu_s=process.cpu_seconds(place.peer.pid) - cpu_before_s,
             peak_resident_bytes=process.peak_resident_bytes(place.peer.pid),
         )
 
-    def _writes(self, place: Place, requests: int) -> float:
-        out = place.client(
-            *("qemu-img", "bench", "-w", "-t", "writethrough", "-f", "raw", "-s", "4096", "-d", str(self.depth)),
-            *("-c", str(requests), place.peer.uri()),
-        )
+    def _elapsed_s(self, place: Place, requests: int) -> float:
+        out = place.client(*self.command(place.peer.uri(), place.size_bytes, requests))
         found = re.search(r"completed in ([0-9.]+) seconds", out)
         assert found, f"qemu-img bench gives no time: {out}"
         return max(float(found[1]), 0.001)
+
+
+@dataclass(frozen=True)
+class NbdCopy:
+    """The whole disk to nowhere, again and again, as nbdcopy copies: several connections, many requests."""
+
+    unit: str = "MB/s"
+    higher_is_better: bool = True
+    client: Client = Client.LIBNBD
+
+    def measure(self, place: Place) -> Sample:
+        """One copy that is not counted, then as many as fill the time."""
+        self._copy(place)
+        cpu_before_s, begun_s, copies = process.cpu_seconds(place.peer.pid), time.perf_counter(), 0
+        while (elapsed_s := time.perf_counter() - begun_s) < place.seconds:
+            self._copy(place)
+            copies += 1
+        copied_bytes = copies * place.size_bytes
+        return Sample(
+            value=copied_bytes / elapsed_s / 1e6,
+            requests=copied_bytes >> 18,
+            transferred_bytes=copied_bytes,
+            cpu_s=process.cpu_seconds(place.peer.pid) - cpu_before_s,
+            peak_resident_bytes=process.peak_resident_bytes(place.peer.pid),
+        )
+
+    def _copy(self, place: Place) -> None:
+        place.client("nbdcopy", place.peer.uri(), "null:")
 
 
 @dataclass(frozen=True)
@@ -168,6 +234,7 @@ class CachedBesideUncached:
 
     unit: str = "µs p99"
     higher_is_better: bool = False
+    client: Client = Client.LIBNBD
 
     def measure(self, place: Place) -> Sample:
         """The p99 of the cached reader, with that of the same reader alone in the notes."""
@@ -204,6 +271,11 @@ class Memory:
     unit: str = "MiB"
     higher_is_better: bool = False
 
+    @property
+    def client(self) -> Client:
+        """fio's engine for the load, one plain request without it."""
+        return Client.LIBNBD if self.under_load else Client.OWN
+
     def measure(self, place: Place) -> Sample:
         """After one answered read, or the peak of 64 connections that read and write."""
         if self.under_load:
@@ -231,6 +303,7 @@ class Start:
 
     unit: str = "ms"
     higher_is_better: bool = False
+    client: Client = Client.OWN
 
     def measure(self, place: Place) -> Sample:
         """Not for a server that runs already: see `start_to_first_read`."""

@@ -1,10 +1,13 @@
-"""Interleaved rounds: every server in turn, again and again, for each cell."""
+"""Interleaved rounds: every server in turn, cell after cell, again and again."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import re
 import shutil
+import subprocess
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,21 +15,44 @@ from dataclasses import dataclass, field
 
 from tests.benchmarks import process
 from tests.benchmarks.cells import Cell
-from tests.benchmarks.disks import RESIDENT_ENOUGH, settle, warm
-from tests.benchmarks.loads import CachedBesideUncached, Memory, Place, Sample, Start, fill, start_to_first_read
+from tests.benchmarks.disks import RESIDENT_ENOUGH, residency, settle, warm
+from tests.benchmarks.limits import limit
+from tests.benchmarks.loads import (
+    CachedBesideUncached,
+    Client,
+    Memory,
+    Place,
+    Sample,
+    Start,
+    fill,
+    start_to_first_read,
+)
 from tests.benchmarks.servers import MEMORY_BYTES, Disk, Server, Setup
 from tests.peers import SYSTEM_PATH, CommandError, Peer, run
 
-SETTLE_S = 1.2
-"""What a measurement takes beside its own time on the machine that this was written on: starting, filling, settling."""
+LIMIT = "limit"
+"""Under this name a row keeps what the machine itself can do."""
+
+SETTLE_S = 1.1
+"""What a measurement takes beside its own time on the machine that this was written on: starting, filling, settling,
+warming up."""
 
 LONGEST_S = 3.0
 """No measurement runs longer, however few there are: more rounds say more than longer ones."""
 
 SHORTEST_S = 0.5
 
+LIMIT_PART = 0.5
+"""The limit is measured for this part of the time that a server gets."""
+
+SERVERS_A_LIMIT = 3
+"""So many servers share the time that the limit of their cell takes, or fewer: the plan is only an estimate."""
+
 LONGEST_REMARK = 400
 """Characters of an error that the report shows; a program with 64 connections can say the same thing 64 times."""
+
+STRUCTURED_REPLIES, EXTENDED_HEADERS = 8, 11
+"""NBD_OPT_STRUCTURED_REPLY and NBD_OPT_EXTENDED_HEADERS, in the NBD specification's "Option types"."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +62,7 @@ class Plan:
     rounds: int
     seconds: float
     deadline_s: float
-    server_cpus: frozenset[int] = frozenset()
-    client_cpus: str = ""
+    pin: bool = False
 
     @classmethod
     def within(cls, budget_s: float, measurements: int, rounds: int, seconds: float | None, *, pin: bool) -> Plan:
@@ -48,82 +73,139 @@ class Plan:
         """
         if seconds is None:
             each_s = budget_s / max(1, measurements * rounds) - SETTLE_S
-            seconds = min(LONGEST_S, max(SHORTEST_S, each_s))
-        deadline_s = time.monotonic() + budget_s
-        return cls(rounds, seconds, deadline_s, frozenset({0}) if pin else frozenset(), "1" if pin else "")
+            seconds = min(LONGEST_S, max(SHORTEST_S, each_s / (1 + LIMIT_PART / SERVERS_A_LIMIT)))
+        return cls(rounds, seconds, time.monotonic() + budget_s, pin)
 
     @property
-    def over(self) -> bool:
-        """Whether the time is up."""
-        return time.monotonic() > self.deadline_s
+    def left_s(self) -> float:
+        """How much time is left."""
+        return self.deadline_s - time.monotonic()
 
 
 @dataclass
 class Row:
-    """All samples of a cell: for each server one for each round, None where it could not be had."""
+    """All samples of a cell: for each server one for each round, None where it could not be had.
+
+    `samples` has the machine's limit, too. `residency` tells the least part of the file that was in the page cache
+    before and after a server's measurements, `replies` what was negotiated with the cell's client.
+    """
 
     cell: Cell
     samples: dict[str, list[Sample | None]] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    failed: set[str] = field(default_factory=set)
+    residency: dict[str, float] = field(default_factory=dict)
+    replies: dict[str, str] = field(default_factory=dict)
+
+    def remark(self, text: str) -> None:
+        """Keep a remark, once."""
+        if text not in self.remarks:
+            self.remarks.append(text)
+
+    def resident(self, server: str, part: float) -> None:
+        """Keep how much of the file was in the page cache."""
+        self.residency[server] = min(part, self.residency.get(server, part))
+
+    def all_remarks(self) -> list[str]:
+        """The remarks, and one on every server that had less than enough of the file in the page cache."""
+        cold = {server: part for server, part in self.residency.items() if part < RESIDENT_ENOUGH}
+        return [
+            *self.remarks,
+            *(f"at least once only {part:.1%} of the file was cached for {server}" for server, part in cold.items()),
+        ]
 
 
 @dataclass
-class Terms:
-    """Under which terms a server was measured: its command line, and which replies it negotiated."""
-
-    command: str
-    replies: str
-
-
-def measure(
-    row: Row, servers: Sequence[Server], setup: Setup, plan: Plan, terms: dict[str, Terms], tell: Callable[[str], None]
-) -> None:
-    """One cell in all its rounds. A server that fails is left out of the rest of the cell, with a remark.
+class Run:
+    """What all measurements of a run share.
 
     Args:
-        row: the cell; its samples and remarks are filled in as they come.
-        servers: the contenders; those that can't serve the cell's disk are passed over.
+        servers: the contenders.
         setup: disks and transport.
-        plan: rounds and times; when its time is up, the remaining rounds are left out, with a remark.
-        terms: filled with each server's command line, by "SERVER DISK".
+        plan: rounds and times.
         tell: called with a line on every measurement.
+        commands: filled with each server's command line, by "SERVER DISK".
     """
-    cell = row.cell
-    able = [server for server in servers if cell.disk in server.serves]
-    row.samples.update({server.name: [] for server in able})
-    failed: set[str] = set()
-    for number in range(plan.rounds):
-        if plan.over:
-            row.remarks.append(f"time was up after {number} of {plan.rounds} rounds")
-            break
+
+    servers: Sequence[Server]
+    setup: Setup
+    plan: Plan
+    tell: Callable[[str], None]
+    commands: dict[str, str] = field(default_factory=dict)
+
+    def measure(self, rows: Sequence[Row]) -> None:
+        """All cells in all rounds. A server that fails is left out of the rest of its cell, with a remark.
+
+        When the time is up, what is left is left out, with a remark: rounds go over all cells, so that none is without
+        figures because others were measured well.
+        """
+        longest_s = 0.0
+        for number in range(self.plan.rounds):
+            for row in rows:
+                if self.plan.left_s < longest_s:
+                    self._time_is_up(rows)
+                    return
+                begun_s = time.monotonic()
+                self.measure_round(row, number)
+                longest_s = max(longest_s, time.monotonic() - begun_s)
+
+    def _time_is_up(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            done = len(next(iter(row.samples.values()), []))
+            if done < self.plan.rounds:
+                row.remark(f"time was up after {done} of {self.plan.rounds} rounds")
+
+    def measure_round(self, row: Row, number: int) -> None:
+        """One round of one cell."""
+        able = [server for server in self.servers if row.cell.disk in server.serves]
         # Who goes first changes, so that nobody always follows the same one.
-        for server in able[number % len(able) :] + able[: number % len(able)]:
+        first = number % len(able)
+        measurements: list[tuple[str, Callable[[], Sample | None]]] = [
+            (server.name, functools.partial(_one, row, server, self)) for server in able[first:] + able[:first]
+        ]
+        measurements.append((LIMIT, functools.partial(_limit, row.cell, self)))
+        for name, one in measurements:
             sample = None
-            if server.name not in failed:
-                tell(f"{cell.name}: round {number + 1} of {plan.rounds}, {server.name}")
+            if name not in row.failed:
+                self.tell(f"round {number + 1} of {self.plan.rounds}: {row.cell.name}, {name}")
                 try:
-                    sample = _one(cell, server, setup, plan, terms, row)
-                except (CommandError, AssertionError, OSError) as error:
-                    failed.add(server.name)
-                    row.remarks.append(f"{server.name}: {_brief(str(error))}")
-            row.samples[server.name].append(sample)
+                    sample = one()
+                except (CommandError, AssertionError, OSError, subprocess.SubprocessError) as error:
+                    row.failed.add(name)
+                    row.remark(f"{name}: {_brief(str(error))}")
+            row.samples.setdefault(name, []).append(sample)
 
 
-def _one(cell: Cell, server: Server, setup: Setup, plan: Plan, terms: dict[str, Terms], row: Row) -> Sample:
-    if cell.disk in (Disk.RANDOM, Disk.FILTERED):
-        resident = warm(setup.disks.random, _fincore())
-        if resident < RESIDENT_ENOUGH:
-            row.remarks.append(f"only {resident:.1%} of the file was in the page cache before {server.name}")
+def _limit(cell: Cell, run_: Run) -> Sample | None:
+    setup, plan = run_.setup, run_.plan
+    on_file = cell.disk in (Disk.RANDOM, Disk.FILTERED)
+    path, size_bytes = (setup.disks.random, setup.disks.size_bytes) if on_file else (None, MEMORY_BYTES)
+    seconds = plan.seconds * LIMIT_PART
+    sample = limit(cell.load, path=path, size_bytes=size_bytes, tcp=setup.tcp, seconds=seconds, pin=plan.pin)
+    if on_file and sample is not None:
+        settle(setup.disks.random)
+    return sample
+
+
+def _one(row: Row, server: Server, run_: Run) -> Sample:
+    cell, setup, plan = row.cell, run_.setup, run_.plan
     if isinstance(cell.load, Start):
+        row.replies[server.name] = "simple"
+        if not row.samples.get(server.name):
+            start_to_first_read(lambda: server.serves[cell.disk](setup))  # what it is made of comes into the page cache
         return start_to_first_read(lambda: server.serves[cell.disk](setup))
+    on_file = cell.disk in (Disk.RANDOM, Disk.FILTERED)
     with _served(cell, server, setup, plan) as (peer, size_bytes):
-        key = f"{server.name} {cell.disk.name.lower()}"
-        if key not in terms and not isinstance(cell.load, Memory):
-            terms[key] = Terms(" ".join(peer.command), _replies(peer))
-        place = Place(peer, setup.disks, size_bytes, plan.seconds, plan.client_cpus)
-        sample = cell.load.measure(place)
+        run_.commands.setdefault(f"{server.name} {cell.disk.name.lower()}", " ".join(peer.command))
+        if server.name not in row.replies and not isinstance(cell.load, Memory):
+            row.replies[server.name] = _replies(peer, cell.load.client)
+        if on_file:
+            row.resident(server.name, warm(setup.disks.random, _fincore()))
+        sample = cell.load.measure(Place(peer, setup.disks, size_bytes, plan.seconds, "1" if plan.pin else ""))
     if isinstance(cell.load, CachedBesideUncached):
         row.remarks.extend(f"{server.name}: {note}" for note in sample.notes)
+    elif on_file:
+        row.resident(server.name, residency(setup.disks.random, _fincore()))
     if cell.disk is Disk.RANDOM:
         settle(setup.disks.random)
     return sample
@@ -132,8 +214,8 @@ def _one(cell: Cell, server: Server, setup: Setup, plan: Plan, terms: dict[str, 
 @contextlib.contextmanager
 def _served(cell: Cell, server: Server, setup: Setup, plan: Plan) -> Iterator[tuple[Peer, int]]:
     with server.serves[cell.disk](setup) as peer:
-        if plan.server_cpus:
-            process.pin(peer.pid, set(plan.server_cpus))
+        if plan.pin:
+            process.pin(peer.pid, {0})
         size_bytes = {Disk.MEMORY: MEMORY_BYTES, Disk.PYTHON: MEMORY_BYTES}.get(cell.disk, setup.disks.size_bytes)
         if cell.disk is Disk.MEMORY:
             fill(peer.uri(), size_bytes)
@@ -146,9 +228,26 @@ def _brief(text: str) -> str:
     return textwrap.shorten(" … ".join(lines if len(lines) < 3 else [lines[0], lines[-1]]), LONGEST_REMARK)
 
 
-def _replies(peer: Peer) -> str:
-    # fio's engine and nbdinfo are both libnbd: what the one negotiates, the other does.
-    return "structured" if json.loads(run("nbdinfo", "--json", peer.uri()))["structured"] else "simple"
+def _replies(peer: Peer, client: Client) -> str:
+    """Which replies a server negotiates with this client: simple, structured or extended."""
+    if client is Client.LIBNBD:
+        # fio's engine, nbdcopy and nbdinfo are all libnbd: what the one negotiates, the others do.
+        told = json.loads(run("nbdinfo", "--json", peer.uri()))
+        return "extended" if told.get("extended") else "structured" if told["structured"] else "simple"
+    if client is Client.OWN:
+        return "simple"
+    return replies_in_trace(run("sh", "-c", 'exec qemu-img --trace "nbd_*option*" info "$1" 2>&1', "sh", peer.uri()))
+
+
+def replies_in_trace(trace: str) -> str:
+    """The replies that QEMU's client has negotiated, by its own trace; "unknown" where it was built without tracing."""
+    asked = "Sending option request" in trace
+    acknowledged = {int(option) for option in re.findall(r"Received option reply (\d+) .* type 1 \(ack\)", trace)}
+    if EXTENDED_HEADERS in acknowledged:
+        return "extended"
+    if STRUCTURED_REPLIES in acknowledged:
+        return "structured"
+    return "simple" if asked else "unknown"
 
 
 def _fincore() -> str:

@@ -21,6 +21,10 @@ QEMU_CLIENTS = 80
 """More than the most connections of any cell; qemu-nbd takes one client unless told otherwise."""
 
 
+UNDER_UVLOOP = Path(__file__).parent / "under_uvloop"
+"""A folder that has Python run asyncio on uvloop when it is on PYTHONPATH."""
+
+
 class Disk(Enum):
     """What is served."""
 
@@ -38,6 +42,14 @@ class Setup:
     disks: Disks
     tcp: bool
     pynbd_python: str = sys.executable
+    uvloop: bool = False
+
+    def environment(self) -> dict[str, str]:
+        """What the environment of pynbd has beside the usual."""
+        # Another Python than the tests' own has pynbd's dependencies, not pynbd.
+        path = [peers.ROOT, peers.ROOT / "protocol"] if self.pynbd_python != sys.executable else []
+        path = [UNDER_UVLOOP, *path] if self.uvloop else path
+        return {"PYTHONPATH": ":".join(map(str, path))} if path else {}
 
 
 Serve = Callable[[Setup], AbstractContextManager[peers.Peer]]
@@ -61,10 +73,9 @@ class Server:
 def _pynbd(*arguments: str | Path, disk: Callable[[Setup], list[str | Path]]) -> Serve:
     @contextlib.contextmanager
     def serve(setup: Setup) -> Iterator[peers.Peer]:
-        # Another Python than the tests' own has pynbd's dependencies, not pynbd.
-        path = {"PYTHONPATH": f"{peers.ROOT}:{peers.ROOT / 'protocol'}"} if setup.pynbd_python != sys.executable else {}
-        python = setup.pynbd_python
-        with peers.pynbd_serve(*arguments, *disk(setup), tcp=setup.tcp, python=python, env=path) as peer:
+        command = [*arguments, *disk(setup)]
+        python, environment = setup.pynbd_python, setup.environment()
+        with peers.pynbd_serve(*command, tcp=setup.tcp, python=python, env=environment) as peer:
             yield peer
 
     return serve

@@ -5,19 +5,26 @@ from __future__ import annotations
 import io
 import json
 import time
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from tests.benchmarks.__main__ import main
 from tests.benchmarks.cells import CELLS, Cell, chosen
-from tests.benchmarks.loads import Fio, Sample, Start
-from tests.benchmarks.report import as_data, comparison, figures, print_report
-from tests.benchmarks.rounds import LONGEST_S, SHORTEST_S, Plan, Row, Terms
+from tests.benchmarks.chart import Axis, chart
+from tests.benchmarks.loads import Fio, Memory, Sample, Start
+from tests.benchmarks.markdown import markdown
+from tests.benchmarks.report import as_data, comparison, figures, missed, print_report, share
+from tests.benchmarks.rounds import LIMIT, LONGEST_S, SHORTEST_S, Plan, Row
 from tests.benchmarks.servers import DEFAULT_PEERS, PEERS, PYNBD, Disk
 from tests.benchmarks.statistics import Spread, ratios
 
+SVG = "{http://www.w3.org/2000/svg}"
 FIGURES = st.lists(st.one_of(st.none(), st.floats(0.001, 1e9)), min_size=1, max_size=8)
 
 
@@ -64,8 +71,13 @@ def _row() -> Row:
         "pynbd": [sample(150), sample(120)],
         "nbdkit": [sample(100), sample(100)],
         "qemu-nbd": [sample(60), None],
+        LIMIT: [sample(300), sample(240)],
     }
-    return Row(cell, samples, ["qemu-nbd: hung up"])
+    row = Row(cell, samples, ["qemu-nbd: hung up"], replies={"nbdkit": "structured"})
+    row.resident("nbdkit", 1)
+    row.resident("nbdkit", 0.99)
+    row.resident("pynbd", 1)
+    return row
 
 
 def test_comparison_knows_its_target() -> None:
@@ -88,24 +100,121 @@ def test_figures_are_sums_where_sums_are_meant() -> None:
     assert figures(_row(), "nbd-server") == {}
 
 
-def test_report_says_everything() -> None:
-    """The table and the JSON have every server, ratio, remark, and the terms."""
-    names = ["pynbd", "nbdkit", "qemu-nbd"]
+NAMES = ["pynbd", "nbdkit", "qemu-nbd"]
+
+
+def _data(*rows: Row) -> dict[str, Any]:
     plan = Plan(2, 1.5, time.monotonic())
-    data = as_data([_row()], names, plan, {"nbdkit random": Terms("nbdkit -f file X", "structured")}, "Unix socket")
+    return as_data(rows or [_row()], NAMES, plan, {"nbdkit random": "nbdkit -f file X"}, "Unix socket")
+
+
+def test_report_says_everything() -> None:
+    """The table and the JSON have every server, ratio, remark, the limit, and the terms."""
+    data = _data()
     assert json.loads(json.dumps(data)) == data
     page = io.StringIO()
-    print_report(data, names, Console(file=page, width=200))
+    print_report(data, Console(file=page, width=200))
     for text in (
         "1.35 (1.20 to 1.50)",
         "≥ 1.2",
         "2.50",
         "qemu-nbd: hung up",
+        "only 99.0% of the file was cached for nbdkit",
         "nbdkit -f file X",
-        "structured",
+        "structured replies with libnbd: nbdkit",
         "500 s/M",
+        "(50%)",
     ):
         assert text in page.getvalue()
+
+
+def test_share_is_of_the_same_round() -> None:
+    """What we reach of the limit is taken round by round, as all ratios are."""
+    told = share(_row(), "pynbd")
+    assert (told["median"], told["share"]) == (270, 0.5)
+    assert share(Row(Cell("read", Fio("randread", 4096, 32))), "pynbd") == {}
+
+
+def test_missed_targets_are_listed() -> None:
+    """A ratio below its target, one that could not be had, a figure beyond its bound; nothing of who took no part."""
+    slow = Row(Cell("slow", Fio("randread", 4096, 1), targets={"nbdkit": 1, "qemu-nbd": 1, "nbd-server": 1}))
+    slow.samples = {"pynbd": [Sample(90)], "nbdkit": [Sample(100)], "qemu-nbd": [None]}
+    fat = Row(Cell("fat", Memory(under_load=False), bound=40), {"pynbd": [Sample(41)]})
+    thin = Row(Cell("thin", Memory(under_load=False), bound=40), {"pynbd": [Sample(40)]})
+    assert missed(_data(slow, fat, thin, Row(Cell("dead", Start(), bound=250)))) == [
+        "slow: 0.90 (0.90 to 0.90) of nbdkit, wanted ≥ 1",
+        "slow: no ratio to qemu-nbd, wanted ≥ 1",
+        "fat: 41 MiB, wanted ≤ 40",
+        "dead: not measured, wanted ≤ 250",
+    ]
+
+
+def test_markdown_is_a_table() -> None:
+    """All rows have as many columns as the head, and what was missed is bold."""
+    fat = Row(Cell("fat", Memory(under_load=False), bound=40), {"pynbd": [Sample(41)]})
+    lines = markdown(_data(_row(), fat)).splitlines()
+    assert len({line.count("|") for line in lines[:4]}) == 1
+    assert "1.35 (1.20 to 1.50), ≥ 1.2 |" in lines[2]
+    assert "**2.50 (2.50 to 2.50), ≥ 3**" in lines[2]
+    assert "**41 (≤ 40)**" in lines[3]
+    assert lines[4] == ""
+    assert "- structured replies with libnbd: nbdkit" in lines
+
+
+def test_chart_has_a_bar_for_each_ratio() -> None:
+    """SVG that parses, whatever the names are; cells that are held to a figure are not in it."""
+    odd = _row()
+    odd.cell = Cell("<&>", odd.cell.load)
+    fat = Row(Cell("fat", Memory(under_load=False), bound=40), {"pynbd": [Sample(41)], "nbdkit": [Sample(1)]})
+    page = ElementTree.fromstring(chart(_data(_row(), odd, fat)))
+    tips = [tip.text for tip in page.iter(f"{SVG}title")]
+    assert tips == [
+        "read to nbdkit: 1.35 (1.20 to 1.50), target 1.2",
+        "read to qemu-nbd: 2.50 (2.50 to 2.50), target 3",
+        "<&> to nbdkit: 1.35 (1.20 to 1.50)",
+        "<&> to qemu-nbd: 2.50 (2.50 to 2.50)",
+    ]
+    kinds = [line.get("class") for line in page.iter(f"{SVG}line")]
+    assert kinds.count("target") == 2 + 1  # and the one that explains them
+    assert kinds.count("even") == 1
+
+
+def test_chart_of_nothing_is_a_chart() -> None:
+    """A run that was broken off at once has no ratios."""
+    assert not list(ElementTree.fromstring(chart(_data(Row(_row().cell)))).iter(f"{SVG}title"))
+
+
+@given(st.lists(st.floats(0.001, 1000), min_size=1))
+def test_axis_has_room_and_keeps_the_order(values: list[float]) -> None:
+    """Everything is between the two ends, what is larger is further to the right, and 1 is on the axis."""
+    axis = Axis.around(values)
+    places = [axis.x(value) for value in sorted(values)]
+    assert places == sorted(places)
+    assert axis.x(axis.low) <= places[0] <= places[-1] <= axis.x(axis.high)
+    assert 1 in axis.marks()
+
+
+def test_earlier_run_is_reported_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--from measures nothing; --check makes missed targets the exit status."""
+    kept, page, picture = tmp_path / "run.json", tmp_path / "table.md", tmp_path / "chart.svg"
+    row = _row()
+    row.samples["qemu-nbd"] = [Sample(60), Sample(60)]
+    kept.write_text(json.dumps(_data(row)))
+    assert main(["--from", str(kept), "--markdown", str(page), "--chart", str(picture)]) == 0
+    assert page.read_text() == markdown(_data(row))
+    assert picture.read_text() == chart(_data(row))
+    assert main(["--from", str(kept), "--markdown", "-", "--check"]) == 1
+    told = capsys.readouterr()
+    assert told.out.endswith(page.read_text())
+    assert told.err == "missed: read: 2.25 (2.00 to 2.50) of qemu-nbd, wanted ≥ 3\n"
+
+
+def test_server_that_failed_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without --check, too: its figures are missing."""
+    kept = tmp_path / "run.json"
+    kept.write_text(json.dumps(_data()))
+    assert main(["--from", str(kept), "--json", str(tmp_path / "copy.json")]) == 1
+    assert "could not be measured in all rounds: read by qemu-nbd" in capsys.readouterr().err
 
 
 def test_start_is_better_when_shorter() -> None:
