@@ -79,6 +79,11 @@ class Account:
         self._budget = budget
         self.held = 0
 
+    @property
+    def pressed(self) -> bool:
+        """Whether the pool is exhausted."""
+        return self._budget.taken > self._budget.pool
+
     def take(self, length: int, retry: Callable[[], None], *, begun: bool = False) -> bool:
         """Reserve memory before it is used.
 

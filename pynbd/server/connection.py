@@ -28,7 +28,7 @@ from nbd_protocol.transmission import ExportRules, Request, ServerTransmission, 
 from pynbd.block.extents import ChainExtent, Status
 from pynbd.block.requests import RequestFlag
 from pynbd.block.statistics import Operation
-from pynbd.server.budget import Account
+from pynbd.server.budget import RESERVE_BYTES, Account
 from pynbd.server.buffers import BufferPool
 from pynbd.server.export import Export
 from pynbd.server.inline import InlineStarter
@@ -55,7 +55,8 @@ MAX_BYTES_IN_FLIGHT = 64 << 20
 """What one connection may have begun and not seen the end of. Two of the largest requests always fit."""
 
 MAX_UNSENT_BYTES = 4 << 20
-"""Answers that a client has not taken yet; beyond it no further requests of that client are looked at."""
+"""Answers that a client has not taken yet; beyond it no further requests of that client are looked at.
+Where the memory of the process runs short, it is the connection's reserve instead."""
 
 PAYLOAD_STEP_BYTES = 1 << 20
 """Memory for a payload is reserved in such steps, as the payload arrives."""
@@ -422,7 +423,7 @@ class Connection:
 
     def _serve(self, requests: Sequence[Request]) -> None:
         """Serve requests in one go; those beyond the connection's caps, or this turn's share, wait."""
-        if self.wire.unsent > MAX_UNSENT_BYTES:
+        if self._owes_too_much():
             self._put_aside(requests)
             self._block()
             return
@@ -498,11 +499,16 @@ class Connection:
             except OSError as problem:
                 self._lose(problem)
 
+    def _owes_too_much(self) -> bool:
+        """Whether the client must take some of its answers first."""
+        unsent = self.wire.unsent
+        return unsent > RESERVE_BYTES and (unsent > MAX_UNSENT_BYTES or self.account.pressed)
+
     def _has_room_for(self, length: int) -> bool:
         """Whether the connection's caps allow one request more, with so many bytes of data."""
         return (
             self.in_flight < MAX_REQUESTS_IN_FLIGHT
-            and self.wire.unsent <= MAX_UNSENT_BYTES
+            and not self._owes_too_much()
             and (self.account.held + length <= MAX_BYTES_IN_FLIGHT or not self.in_flight)
         )
 

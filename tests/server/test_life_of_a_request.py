@@ -33,6 +33,7 @@ SMALL_LIMITS = {
     "MAX_REQUESTS_IN_FLIGHT": 4,
     "MAX_BYTES_IN_FLIGHT": 600 * KIB,
     "MAX_UNSENT_BYTES": 20 * KIB,
+    "RESERVE_BYTES": 10 * KIB,
     "MAX_BATCH_REQUESTS": 5,
     "MAX_BATCH_BYTES": 100 * KIB,
     "PAYLOAD_STEP_BYTES": 64 * KIB,
@@ -83,6 +84,11 @@ async def test_many_clients_see_their_own_bytes(kind: str, tmp_path: Path) -> No
         await run_workloads(served, 8, 150)
 
 
+async def test_many_clients_over_tcp() -> None:
+    async with serving(disk("restless", Path(), 8 * MIB, suspends=0.5), tcp=True) as served:
+        await run_workloads(served, 8, 100)
+
+
 async def test_a_driver_that_fails_is_answered_every_time() -> None:
     async with serving(disk("restless", Path(), 6 * MIB, suspends=0.5, fails=0.2)) as served:
         workloads = await run_workloads(served, 6, 100, fails=True)
@@ -110,6 +116,7 @@ async def test_nobody_gets_stuck_for_want_of_payload_memory(seed: int, monkeypat
         MAX_REQUESTS_IN_FLIGHT=source.choice([1, 2, 5, 1000]),
         MAX_BYTES_IN_FLIGHT=source.choice([1, 100 * KIB, 600 * KIB, 64 * MIB]),
         MAX_UNSENT_BYTES=source.choice([0, 10 * KIB, 4 * MIB]),
+        RESERVE_BYTES=source.choice([0, 10 * KIB, 256 * KIB]),
         MAX_BATCH_REQUESTS=source.choice([1, 3, 64]),
         PAYLOAD_STEP_BYTES=source.choice([4 * KIB, 64 * KIB, MIB]),
     )
@@ -361,6 +368,28 @@ async def test_a_client_that_takes_no_answers_is_not_listened_to(
             assert connection.wire.unsent < 4 * MIB
             await asyncio.sleep(0)
         client.sock.close()
+
+
+async def test_where_memory_runs_short_less_is_kept_for_each() -> None:
+    """Clients that take none of their answers: they hold the pool, and then no more than their reserve each."""
+    options = {"payload_pool": 8 * MIB}
+    async with serving({"driver": "memory", "size": MIB}, server_options=options) as served:
+        clients = [await served.connect(mode=ReplyMode.SIMPLE, receive_bytes=1) for _ in range(20)]
+        await clients[0].write(0, os.urandom(MIB))
+        for connection in served.server.connections:
+            connection.wire._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # type: ignore[attr-defined]
+        for client in clients:
+            flood = client.raw(Command.READ, 0, 60 * KIB) * 1000
+            for _ in range(50):
+                with contextlib.suppress(BlockingIOError):
+                    client.sock.send(flood)
+                await asyncio.sleep(0)
+        largest_batch = connection_module.MAX_BATCH_BYTES + 2 * connection_module.INLINE_READ_BYTES
+        assert served.server.budget.taken > 8 * MIB
+        assert sum(connection.wire.unsent for connection in served.server.connections) < 8 * MIB + 20 * largest_batch
+        assert await (await served.connect()).read(0, 4 * KIB)
+        for client in clients:
+            client.sock.close()
 
 
 async def test_a_flood_does_not_starve_others() -> None:
