@@ -194,12 +194,15 @@ class NbdServer:
 
     async def _welcome(self, sock: socket.socket, peer: str) -> None:
         """The handshake with a client, and what comes of it."""
-        result: Negotiated | None = None
+        begun = False
         try:
             tune(sock)
             async with asyncio.timeout(self.handshake_timeout_s):
                 negotiation = ServerNegotiation(structured=self._structured, extended=self._extended, resize=True)
                 result = await negotiate(sock, self.exports, negotiation)
+            if result is not None:
+                self._begin(sock, peer, result)
+                begun = True
         except TimeoutError:
             log.warning("%s: no export was chosen within %g s", peer, self.handshake_timeout_s)
         except RemoteProtocolError as problem:
@@ -209,10 +212,8 @@ class NbdServer:
         except Exception:
             log.exception("%s: handshake failed", peer)
         finally:
-            if result is None:
+            if not begun:
                 sock.close()
-        if result is not None:
-            self._begin(sock, peer, result)
 
     def _handshake_ended(self, task: "asyncio.Task[None]") -> None:
         self._handshakes.discard(task)

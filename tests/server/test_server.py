@@ -360,6 +360,20 @@ async def test_two_exports_are_removed_at_once(caplog: pytest.LogCaptureFixture)
         assert not caplog.records
 
 
+async def test_an_export_whose_disk_has_gone_when_the_handshake_ends() -> None:
+    async with serving(MEMORY, MEMORY) as served:
+        export = served.server.exports["disk1"]
+        info = export.info()
+        export.info = lambda: info  # type: ignore[method-assign]  # what was told a moment ago
+        node = export.backend.node
+        served.graph.detach(export.backend)
+        client = await served.connect("disk1")
+        assert await client.at_end()
+        await until(lambda: not served.server._handshakes)
+        assert not served.server.connections
+        served.graph.attach(export.backend, node)
+
+
 async def test_an_export_that_is_removed_during_a_handshake() -> None:
     """Whoever got in between is sent away at once."""
     async with serving(MEMORY, MEMORY) as served:
