@@ -84,12 +84,15 @@ def _with_fewer_arguments(driver: Driver, name: str, arguments: int) -> Callable
     method: Callable[..., Any] = getattr(driver, name)
     parameters = list(inspect.signature(method).parameters.values())
     kinds = {p.kind for p in parameters}
-    taken = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
-    if inspect.Parameter.VAR_POSITIONAL in kinds:
-        taken = arguments
     takes_named = (
         name != "truncate" or inspect.Parameter.VAR_KEYWORD in kinds or any(p.name == "exact" for p in parameters)
     )
+    parameters = [p for p in parameters if (name, p.name) != ("truncate", "exact")]  # always given by its name
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    taken = arguments if inspect.Parameter.VAR_POSITIONAL in kinds else len(positional)
+    only_named = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+    if any(p.default is p.empty for p in [*positional[arguments:], *only_named]):
+        raise OptionError(f"driver {driver.name!r}: {name}{inspect.signature(method)} takes too many arguments")
     if taken >= arguments and takes_named:
         return method
     if taken < min(arguments, 2 if name != "truncate" else 1):
