@@ -97,17 +97,9 @@ def _report(data: Mapping[str, Any], options: argparse.Namespace) -> int:
     if options.check and (lines := missed(data)):
         sys.stderr.write("".join(f"missed: {line}\n" for line in lines))
         status = 1
-    not_measured = [
-        f"{cell['name']} by {name}"
-        for cell in data["cells"]
-        for name, told in cell["figures"].items()
-        if None in told["values"]
-    ]
-    not_measured += [
-        f"{cell['name']} by {data['ours']}" for cell in data["cells"] if data["ours"] not in cell["figures"]
-    ]
-    if not_measured:
-        sys.stderr.write(f"could not be measured in all rounds: {', '.join(not_measured)}\n")
+    absent = [f"{cell['name']} by {name}" for cell in data["cells"] for name in cell["not_measured"]]
+    if absent:
+        sys.stderr.write(f"could not be measured in all rounds: {', '.join(absent)}\n")
         status = 1
     return status
 

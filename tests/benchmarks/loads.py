@@ -40,7 +40,7 @@ class Client(Enum):
 
     LIBNBD = "libnbd"
     QEMU = "qemu"
-    OWN = "by hand"
+    OWN = "the benchmark itself"
 
 
 @dataclass(frozen=True)

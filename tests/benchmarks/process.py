@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def peak_resident_bytes(pid: int) -> int:
 def pin(pid: int, cpus: set[int]) -> None:
     """Confine every thread of a process, and so those it will start, to `cpus`."""
     for task in (PROC / str(pid) / "task").iterdir():
-        os.sched_setaffinity(int(task.name), cpus)
+        with contextlib.suppress(ProcessLookupError):  # a thread that has ended since
+            os.sched_setaffinity(int(task.name), cpus)
 
 
 def _stat_fields(pid: int) -> list[str]:

@@ -105,11 +105,18 @@ def as_data(
                 "limit": share(row, names[0]),
                 "figures": {name: told for name in names if (told := figures(row, name))},
                 "ratios": {name: told for name in names[1:] if (told := comparison(row, names[0], name))},
+                "not_measured": not_measured(row, names[0]),
                 "remarks": row.all_remarks(),
             }
             for row in rows
         ],
     }
+
+
+def not_measured(row: Row, ours: str) -> list[str]:
+    """Who took part and lacks a round, and we ourselves when we have none; the limit is nobody."""
+    names = [name for name in row.samples if name != LIMIT and None in row.samples[name]]
+    return names if row.samples.get(ours) else [*names, ours]
 
 
 def missed(data: Mapping[str, Any]) -> list[str]:

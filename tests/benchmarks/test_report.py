@@ -19,7 +19,7 @@ from tests.benchmarks.cells import CELLS, Cell, chosen
 from tests.benchmarks.chart import Axis, chart
 from tests.benchmarks.loads import Fio, Memory, Sample, Start
 from tests.benchmarks.markdown import markdown
-from tests.benchmarks.report import as_data, comparison, figures, missed, print_report, share
+from tests.benchmarks.report import as_data, comparison, figures, missed, not_measured, print_report, share
 from tests.benchmarks.rounds import LIMIT, LONGEST_S, SHORTEST_S, Plan, Row
 from tests.benchmarks.servers import DEFAULT_PEERS, PEERS, PYNBD, Disk
 from tests.benchmarks.statistics import Spread, ratios
@@ -207,6 +207,14 @@ def test_earlier_run_is_reported_again(tmp_path: Path, capsys: pytest.CaptureFix
     told = capsys.readouterr()
     assert told.out.endswith(page.read_text())
     assert told.err == "missed: read: 2.25 (2.00 to 2.50) of qemu-nbd, wanted ≥ 3\n"
+
+
+def test_who_was_not_measured() -> None:
+    """Who lacks a round, or all of them; a run that was broken off before us; not who takes no part in a cell."""
+    cell = Cell("start", Start())
+    samples: dict[str, list[Sample | None]] = {"pynbd": [Sample(1)], "nbdkit": [None], LIMIT: [None]}
+    assert not_measured(Row(cell, samples), "pynbd") == ["nbdkit"]
+    assert not_measured(Row(cell), "pynbd") == ["pynbd"]
 
 
 def test_server_that_failed_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
