@@ -553,6 +553,8 @@ class Connection:
             if request.type == WRITE and payload is not None:
                 await self.backend.write(request.offset, payload, FUA if request.flags & COMMAND_FUA else 0)
                 answer: list[Item] = [self._replies.done(request)]
+            elif request.type == READ:
+                answer = await self._read(request)
             else:
                 answer = await self._execute(request)
         except OSError as problem:
@@ -581,12 +583,10 @@ class Connection:
         return self._replies.error(request, code, str(problem.strerror or problem))
 
     async def _execute(self, request: Request) -> list[Item]:
-        """Do what a request other than a write asks for; returns its reply."""
+        """Do what a request asks for that carries no data either way; returns its reply."""
         backend, offset, length, flags = self.backend, request.offset, request.length, request.flags
         fua = FUA if flags & COMMAND_FUA else 0
         match request.type:
-            case Command.READ:
-                return await self._read(request)
             case Command.FLUSH:
                 await backend.flush()
             case Command.TRIM:
