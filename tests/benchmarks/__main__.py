@@ -16,7 +16,7 @@ from rich.console import Console
 from tests.benchmarks.cells import CELLS, Cell, chosen
 from tests.benchmarks.chart import chart
 from tests.benchmarks.disks import Disks
-from tests.benchmarks.markdown import markdown
+from tests.benchmarks.markdown import BEGIN, END, markdown, placed
 from tests.benchmarks.report import as_data, missed, print_report
 from tests.benchmarks.rounds import Plan, Row, Run
 from tests.benchmarks.servers import DEFAULT_PEERS, PEERS, PYNBD, Server, Setup
@@ -88,7 +88,8 @@ def _report(data: Mapping[str, Any], options: argparse.Namespace) -> int:
     if options.json:
         _write(json.dumps(data, indent=1) + "\n", options.json)
     if options.markdown:
-        _write(markdown(data), options.markdown)
+        page = Path(options.markdown)
+        _write(placed(markdown(data), page.read_text() if page.is_file() else ""), options.markdown)
     if options.chart:
         _write(chart(data), options.chart)
     if "-" not in (options.json, options.markdown, options.chart):
@@ -131,7 +132,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     report = parser.add_argument_group("report", "FILE may be -: standard output, instead of the table")
     report.add_argument("--json", metavar="FILE", help="write all figures as JSON")
-    report.add_argument("--markdown", metavar="FILE", help="write the table as Markdown")
+    report.add_argument(
+        "--markdown", metavar="FILE", help=f"write the table as Markdown; a FILE with {BEGIN} and {END} keeps the rest"
+    )
     report.add_argument("--chart", metavar="FILE", help="write a chart of the ratios, always as SVG")
     report.add_argument("--check", action="store_true", help="list the targets that were missed; status 1 if any")
     report.add_argument(

@@ -16,6 +16,9 @@ from tests.benchmarks.report import (
     replies,
 )
 
+BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
+"""Between these lines of a document the table has its place."""
+
 
 def markdown(data: Mapping[str, Any]) -> str:
     """The table, and below it how it was measured. Only our own latency, processor time and memory: JSON has the rest.
@@ -32,6 +35,13 @@ def markdown(data: Mapping[str, Any]) -> str:
     lines += ["", *(f"- {what}: {', '.join(servers)}" for what, servers in replies(data).items())]
     lines += [f"- {', '.join(cells)}: {remark}" for remark, cells in remarks(data).items()]
     return "\n".join(lines) + "\n"
+
+
+def placed(table: str, page: str) -> str:
+    """A page with the table between its two marks, and else unchanged; the table alone for a page without marks."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    return f"{before}{begin}\n\n{table}\n{end}{after}" if end else table
 
 
 def _line(words: Sequence[str]) -> str:

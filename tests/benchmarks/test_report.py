@@ -18,12 +18,14 @@ from tests.benchmarks.__main__ import main
 from tests.benchmarks.cells import CELLS, Cell, chosen
 from tests.benchmarks.chart import Axis, chart
 from tests.benchmarks.loads import Fio, Memory, Sample, Start
-from tests.benchmarks.markdown import markdown
+from tests.benchmarks.markdown import BEGIN, END, markdown, placed
 from tests.benchmarks.report import as_data, comparison, figures, missed, not_measured, print_report, share
 from tests.benchmarks.rounds import LIMIT, LONGEST_S, SHORTEST_S, Plan, Row
 from tests.benchmarks.servers import DEFAULT_PEERS, PEERS, PYNBD, Disk
 from tests.benchmarks.statistics import Spread, ratios
+from tests.peers import ROOT
 
+PAGE = ROOT / "docs" / "performance.md"
 SVG = "{http://www.w3.org/2000/svg}"
 FIGURES = st.lists(st.one_of(st.none(), st.floats(0.001, 1e9)), min_size=1, max_size=8)
 
@@ -159,6 +161,17 @@ def test_markdown_is_a_table() -> None:
     assert "**41 (≤ 40)**" in lines[3]
     assert lines[4] == ""
     assert "- structured replies with libnbd: nbdkit" in lines
+
+
+def test_table_takes_its_place_in_a_page() -> None:
+    """Again and again, with nothing else changed; a file without the marks is the table's own."""
+    page = f"# A\n{BEGIN}\nold\n{END}\nB\n"
+    once = placed("| new |\n", page)
+    assert once == f"# A\n{BEGIN}\n\n| new |\n\n{END}\nB\n"
+    assert placed("| new |\n", once) == once
+    assert placed("| new |\n", "| old |\n") == "| new |\n"
+    assert BEGIN in PAGE.read_text()
+    assert END in PAGE.read_text()
 
 
 def test_chart_has_a_bar_for_each_ratio() -> None:
