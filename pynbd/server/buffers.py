@@ -6,6 +6,8 @@ for a large write that is as much as the write itself. So buffers are kept, up t
 
 import mmap
 
+from nbd_protocol.transmission import Request
+
 SMALLEST_BYTES = 64 << 10
 KEPT_BYTES = 16 << 20
 """What is kept for later, all sizes together."""
@@ -38,3 +40,23 @@ class BufferPool:
         """Give all memory back to the system."""
         self._free.clear()
         self._kept = 0
+
+
+class Payload:
+    """The payload of a large write that is arriving in a buffer of its own."""
+
+    __slots__ = ("buffer", "filled", "request", "reserved", "whole")
+
+    def __init__(self, request: Request, arrived: memoryview) -> None:
+        self.request = request
+        self.buffer = arrived
+        self.filled = len(arrived)
+        self.reserved = 0
+        self.whole: memoryview | None = None
+
+    def make_room(self, buffers: BufferPool) -> None:
+        """Memory was reserved: get a buffer for all of it."""
+        self.whole = buffers.take(self.request.length)
+        buffer = self.whole[: self.request.length]
+        buffer[: self.filled] = self.buffer
+        self.buffer = buffer

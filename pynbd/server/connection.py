@@ -11,12 +11,10 @@ The ways of a request:
     coroutine   everything else; it is started in place and becomes a task only if it has to wait
 """
 
-import errno
 import logging
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import groupby
 from time import perf_counter_ns
 
 import msgspec
@@ -25,14 +23,14 @@ from nbd_protocol.constants import Command, CommandFlag, Errno
 from nbd_protocol.errors import RemoteProtocolError, errno_to_nbd
 from nbd_protocol.negotiation_events import Ready
 from nbd_protocol.transmission import ExportRules, Request, ServerTransmission, replies_for
-from pynbd.block.extents import ChainExtent, Status
 from pynbd.block.requests import RequestFlag
 from pynbd.block.statistics import Operation
 from pynbd.server.budget import RESERVE_BYTES, Account
-from pynbd.server.buffers import BufferPool
+from pynbd.server.buffers import BufferPool, Payload
+from pynbd.server.execution import HOLE_READ_BYTES, Execution, describe
 from pynbd.server.export import Export
 from pynbd.server.inline import InlineStarter
-from pynbd.server.wire import Buffer, FileSpan, Item, SpanFile, Wire, has_hole
+from pynbd.server.wire import Buffer, FileSpan, Item, SpanFile, Wire, has_hole, together
 from pynbd.storage import linux
 
 log = logging.getLogger(__name__)
@@ -68,16 +66,6 @@ DISC = int(Command.DISC)
 COMMAND_FUA = int(CommandFlag.FUA)
 FUA = int(RequestFlag.FUA)
 
-JOINED_ANSWER_BYTES = 32 << 10
-"""Answers up to this length together are copied into one buffer: a vectored send costs more for small ones."""
-
-HOLE_READ_BYTES = 64 << 10
-"""Reads from this length up ask where the holes are."""
-
-
-SMALLEST_HOLE_BYTES = 4096
-"""Smaller holes are sent as zeroes: a chunk of its own would cost more."""
-
 
 class Scratch:
     """The two buffers that all connections of one loop take turns in using: nothing stays in them after a wake-up."""
@@ -87,26 +75,6 @@ class Scratch:
         self.received = memoryview(bytearray(RECEIVE_BYTES + (128 << 10)))
         self.answers = bytearray(MAX_BATCH_BYTES + 2 * INLINE_READ_BYTES)
         self.answers_view = memoryview(self.answers)
-
-
-class _Payload:
-    """The payload of a large write that is arriving in a buffer of its own."""
-
-    __slots__ = ("buffer", "filled", "request", "reserved", "whole")
-
-    def __init__(self, request: Request, arrived: memoryview) -> None:
-        self.request = request
-        self.buffer = arrived
-        self.filled = len(arrived)
-        self.reserved = 0
-        self.whole: memoryview | None = None
-
-    def make_room(self, buffers: BufferPool) -> None:
-        """Memory was reserved: get a buffer for all of it."""
-        self.whole = buffers.take(self.request.length)
-        buffer = self.whole[: self.request.length]
-        buffer[: self.filled] = self.buffer
-        self.buffer = buffer
 
 
 class Connection:
@@ -147,15 +115,15 @@ class Connection:
             mode=ready.mode,
             context_ids=ready.contexts,
         )
-        self._contexts = ready.contexts
         self._replies = replies_for(ready.mode)
+        self._execution = Execution(export, self._replies, ready.contexts, peer)
         self._framing = ServerTransmission(ready.mode, max_payload=self.rules.max_payload)
         self._starter = starter
         self._scratch = scratch
         self._on_closed = on_closed
         self._tail: bytes | bytearray = b""
         self._more_in_tail = False
-        self._payload: _Payload | None = None
+        self._payload: Payload | None = None
         self._receive_bytes = RECEIVE_BYTES
         self._waiting: deque[Request] = deque()
         self._out: list[Item] = []
@@ -189,6 +157,8 @@ class Connection:
     def shut_down(self) -> None:
         """Answer whatever has begun, refuse what comes from now on, and close when nothing is left."""
         self._shutting_down = True
+        if self._waiting:
+            self._continue_soon()  # to be refused, which needs no memory
         self._end_if_idle()
 
     def abort(self) -> None:
@@ -333,13 +303,13 @@ class Connection:
                     self._continue_soon()
             return
         self._receive_bytes = HEADER_RECEIVE_BYTES
-        self._payload = payload = _Payload(request, rest)
+        self._payload = payload = Payload(request, rest)
         if not self._waiting:
             self._advance_payload(payload)
         if not payload.reserved:
             payload.buffer = memoryview(bytes(rest))  # the received bytes are overwritten at the next wake-up
 
-    def _receive_payload(self, payload: _Payload) -> None:
+    def _receive_payload(self, payload: Payload) -> None:
         room = payload.reserved - payload.filled
         if room <= 0:
             self._continue_soon()
@@ -353,7 +323,7 @@ class Connection:
         payload.filled += received
         self._advance_payload(payload)
 
-    def _advance_payload(self, payload: _Payload) -> None:
+    def _advance_payload(self, payload: Payload) -> None:
         """Reserve memory for more of a payload, or carry out the write if it is complete."""
         length = payload.request.length
         if not payload.reserved and not self._has_room_for(length):
@@ -549,16 +519,17 @@ class Connection:
         self, request: Request, payload: memoryview | None, reserved: int, borrowed: memoryview | None
     ) -> None:
         """One request from its start to its reply. It is never cancelled, and raises nothing."""
+        execution = self._execution
         try:
             if request.type == WRITE and payload is not None:
                 await self.backend.write(request.offset, payload, FUA if request.flags & COMMAND_FUA else 0)
                 answer: list[Item] = [self._replies.done(request)]
             elif request.type == READ:
-                answer = await self._read(request)
+                answer = await execution.read(request)
             else:
-                answer = await self._execute(request)
+                answer = await execution.execute(request)
         except OSError as problem:
-            answer = [self._error(request, problem)]
+            answer = [execution.error(request, problem)]
         except Exception as problem:
             log.exception("%s: %s failed", self.peer, describe(request))
             answer = [self._replies.error(request, Errno.EIO, f"internal error: {problem!r}")]
@@ -573,80 +544,6 @@ class Connection:
         self._out.extend(answer)
         if not self._in_batch:
             self._flush_soon()
-
-    def _error(self, request: Request, problem: OSError) -> bytes:
-        fast = request.type == Command.WRITE_ZEROES and bool(request.flags & CommandFlag.FAST_ZERO)
-        # A driver from outside may raise anything: that it failed is sure, whatever it says.
-        code = errno_to_nbd(problem.errno or errno.EIO, fast_zero=fast)
-        if code is not Errno.ENOTSUP and problem.errno != errno.ESHUTDOWN:
-            log.warning("%s: export %r: %s: %s", self.peer, self.export.name, describe(request), problem)
-        return self._replies.error(request, code, str(problem.strerror or problem))
-
-    async def _execute(self, request: Request) -> list[Item]:
-        """Do what a request asks for that carries no data either way; returns its reply."""
-        backend, offset, length, flags = self.backend, request.offset, request.length, request.flags
-        fua = FUA if flags & COMMAND_FUA else 0
-        match request.type:
-            case Command.FLUSH:
-                await backend.flush()
-            case Command.TRIM:
-                if length:
-                    await backend.discard(offset, length)
-                if fua:
-                    await backend.flush()
-            case Command.CACHE:
-                if length:
-                    await backend.cache(offset, length)
-            case Command.WRITE_ZEROES:
-                wanted = fua
-                if not flags & CommandFlag.NO_HOLE:
-                    wanted |= int(RequestFlag.MAY_UNMAP)
-                if flags & CommandFlag.FAST_ZERO:
-                    wanted |= int(RequestFlag.NO_FALLBACK)
-                if length:
-                    await backend.write_zeroes(offset, length, wanted)
-            case Command.BLOCK_STATUS:
-                return await self._block_status(request)
-            case Command.RESIZE:
-                await backend.truncate(offset)
-            case _:
-                raise AssertionError(f"{describe(request)} was let through")
-        return [self._replies.done(request)]
-
-    # --- reading ------------------------------------------------------------------------------------------
-
-    async def _read(self, request: Request) -> list[Item]:
-        length, offset = request.length, request.offset
-        if not length:
-            return [self._replies.done(request)]
-        if length >= HOLE_READ_BYTES and self._replies.can_send_holes and not request.flags & CommandFlag.DF:
-            return await self._read_with_holes(request)
-        header = self._replies.read_header_size
-        reply = bytearray(header + length)
-        await self.backend.read(offset, memoryview(reply)[header:])
-        self._replies.pack_read_header(reply, 0, request.cookie, offset, length)
-        return [reply]
-
-    async def _read_with_holes(self, request: Request) -> list[Item]:
-        """A large read: holes are told, not sent."""
-        offset, end = request.offset, request.offset + request.length
-        extents: list[ChainExtent] = []
-        while offset < end:
-            found = await self.backend.block_status(offset, end - offset)
-            extents += found
-            offset += sum(extent.length for extent in found)
-        items: list[Item] = []
-        offset = request.offset
-        for length, zero in runs(extents):
-            done = offset + length == end
-            if zero:
-                items.append(self._replies.read_hole(request, offset, length, done=done))
-            else:
-                data = bytearray(length)
-                await self.backend.read(offset, memoryview(data))
-                items += [self._replies.read_data(request, offset, length, done=done), data]
-            offset += length
-        return items
 
     def _send_spans(self, request: Request) -> bool:
         """Answer a read from the page cache, if its bytes never move and are there; False if not."""
@@ -683,18 +580,6 @@ class Connection:
         header = replies.read_data(request, offset, length, done=False)
         self._out += [header, FileSpan(file, located[1], length, finish)]
         return True
-
-    async def _block_status(self, request: Request) -> list[Item]:
-        """One chunk for each selected context."""
-        ids = request.context_ids if request.context_ids is not None else tuple(self._contexts)
-        one = bool(request.flags & CommandFlag.REQ_ONE)
-        items: list[Item] = []
-        for number, context_id in enumerate(ids, 1):
-            extents = await self.export.context_extents(
-                self._contexts[context_id], request.offset, request.length, one=one
-            )
-            items.append(self._replies.block_status(request, context_id, extents, done=number == len(ids)))
-        return items
 
     # --- sending ------------------------------------------------------------------------------------------
 
@@ -745,32 +630,3 @@ class Connection:
     def on_lost(self, problem: OSError) -> None:
         """Sending failed."""
         self._lose(problem)
-
-
-def together(items: list[Item]) -> list[Item]:
-    """The same bytes in one buffer, if they are few."""
-    if len(items) == 1:
-        return items
-    total = 0
-    for item in items:
-        if isinstance(item, FileSpan):
-            return items
-        total += len(item)
-    return [b"".join(items)] if total <= JOINED_ANSWER_BYTES else items  # type: ignore[arg-type]  # no span is among them
-
-
-def runs(extents: Sequence[ChainExtent]) -> list[tuple[int, bool]]:
-    """(length, reads as zeroes) of neighbours that are alike; holes not worth a chunk count as data."""
-    alike = groupby(extents, lambda extent: bool(extent.status & Status.ZERO))
-    whole = [(sum(extent.length for extent in group), zero) for zero, group in alike]
-    told = groupby(whole, lambda run: run[1] and run[0] >= SMALLEST_HOLE_BYTES)
-    return [(sum(length for length, _ in group), zero) for zero, group in told]
-
-
-def describe(request: Request) -> str:
-    """A request for the log: `WRITE of 4096 bytes at 0`."""
-    try:
-        name = Command(request.type).name
-    except ValueError:
-        name = f"command {request.type}"
-    return f"{name} of {request.length} bytes at {request.offset}"

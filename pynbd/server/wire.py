@@ -20,6 +20,9 @@ SOCKET_BUFFER_BYTES = 4 << 20
 MAX_BYTES_A_TURN = 4 << 20
 """What is sent to one client before the others have their turn: one that reads quickly would never let go."""
 
+JOINED_ANSWER_BYTES = 32 << 10
+"""Answers up to this length together are copied into one buffer: a vectored send costs more for small ones."""
+
 Buffer = bytes | bytearray | memoryview
 
 
@@ -323,3 +326,15 @@ def tune(sock: socket.socket) -> None:
         return  # TCP tunes its buffers by itself, as long as nobody sets them
     for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
         sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
+
+
+def together(items: list[Item]) -> list[Item]:
+    """The same bytes in one buffer, if they are few."""
+    if len(items) == 1:
+        return items
+    total = 0
+    for item in items:
+        if isinstance(item, FileSpan):
+            return items
+        total += len(item)
+    return [b"".join(items)] if total <= JOINED_ANSWER_BYTES else items  # type: ignore[arg-type]  # no span is among them

@@ -19,7 +19,9 @@ from nbd_protocol.constants import Command, CommandFlag, Errno, ReplyMode
 from pynbd.block.extents import ChainExtent, Status
 from pynbd.server import connection as connection_module
 from pynbd.server.budget import OVERDRAFT_BYTES, RESERVE_BYTES, PayloadBudget
-from pynbd.server.connection import SMALLEST_HOLE_BYTES, Connection, describe, runs, together
+from pynbd.server.connection import Connection
+from pynbd.server.execution import SMALLEST_HOLE_BYTES, describe, runs
+from pynbd.server.wire import together
 from tests.server.clients import (
     LIMIT_S,
     MODES,
@@ -257,6 +259,21 @@ async def test_disc_has_no_reply_even_on_shutdown() -> None:
         await client.send_bytes(b"".join(client.transmission.request(Command.DISC)[1]))
         driver.release()
         assert await client.at_end()  # a reply to DISC would be one to an unknown cookie
+
+
+async def test_requests_that_wait_for_memory_are_refused_on_shutdown() -> None:
+    async with serving({"driver": HELD, "size": 8 * MIB}, server_options={"payload_pool": 0}) as served:
+        somebody = served.server.budget.account()
+        assert somebody.take(RESERVE_BYTES + OVERDRAFT_BYTES, lambda: None)
+        client = await served.connect()
+        cookie = await client.send(Command.READ, 0, MIB)
+        async with asyncio.timeout(LIMIT_S):
+            while not served.server.budget.waiting:
+                await asyncio.sleep(0)
+        the_connection(served).shut_down()
+        assert (await client.reply(cookie)).error == Errno.ESHUTDOWN
+        assert await client.at_end()
+        somebody.close()
 
 
 @pytest.mark.parametrize("mode", MODES)

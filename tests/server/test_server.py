@@ -351,9 +351,9 @@ async def test_two_exports_are_removed_at_once(caplog: pytest.LogCaptureFixture)
         drivers = [held(served.node(name)) for name in clients]
         removing = [asyncio.create_task(served.server.remove_export(name)) for name in clients]
         await asyncio.sleep(0)
-        for driver in reversed(drivers):
+        for left, driver in enumerate(reversed(drivers)):
             driver.release()
-            await asyncio.sleep(0.01)
+            await served.until_gone(2 - left)
         async with asyncio.timeout(LIMIT_S):
             for export in await asyncio.gather(*removing):
                 served.graph.detach(export.backend)
