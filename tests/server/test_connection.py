@@ -7,7 +7,6 @@ import os
 import random
 import resource
 import socket
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbd_protocol.constants import Command, CommandFlag, Errno, ReplyMode
-from pynbd.block.extents import ChainExtent, Status
 from pynbd.server import connection as connection_module
 from pynbd.server.budget import OVERDRAFT_BYTES, RESERVE_BYTES, PayloadBudget
 from pynbd.server.connection import Connection
-from pynbd.server.execution import SMALLEST_HOLE_BYTES, describe, runs
-from pynbd.server.wire import together
 from tests.server.clients import (
     LIMIT_S,
     MODES,
@@ -405,38 +401,6 @@ async def test_many_large_reads_take_one_descriptor(tmp_path: Path) -> None:
         for cookie in cookies:
             assert (await client.reply(cookie)).data == b"x" * 2 * MIB
         assert open_descriptors() == before
-
-
-# --- parts ----------------------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.tuples(st.integers(1, 20_000), st.booleans()), min_size=1, max_size=30))
-def test_law_of_runs(pieces: list[tuple[int, bool]]) -> None:
-    extents = [ChainExtent(length, Status.ZERO if zero else Status.DATA, 1) for length, zero in pieces]
-    found = runs(extents)
-    assert sum(length for length, _ in found) == sum(length for length, _ in pieces)
-    assert all(one[1] != other[1] for one, other in pairwise(found))
-    assert all(length >= SMALLEST_HOLE_BYTES for length, zero in found if zero)
-    holes = [zero for length, zero in pieces for _ in range(length)]
-    told = [zero for length, zero in found for _ in range(length)]
-    assert all(hole for hole, zero in zip(holes, told, strict=True) if zero)
-
-
-@given(st.lists(st.binary(max_size=30_000), min_size=1, max_size=5))
-def test_together_keeps_the_bytes(items: list[bytes]) -> None:
-    joined = together(list(items))
-    assert b"".join(item for item in joined if isinstance(item, bytes)) == b"".join(items)
-
-
-async def test_requests_are_described_for_the_log() -> None:
-    async with serving(MEMORY) as served:
-        client = await served.connect()
-        reply = await client.ask_raw(200, 5, 7)
-        assert "unknown command 200" in reply.text
-        batch = the_connection(served)._framing.parse(memoryview(client.raw(Command.WRITE, 5, 3, 0, b"abc")), 1)
-        assert describe(batch.requests[0]) == "WRITE of 3 bytes at 5"
-        batch = the_connection(served)._framing.parse(memoryview(client.raw(200, 5, 7)), 1)
-        assert describe(batch.requests[0]) == "command 200 of 7 bytes at 5"
 
 
 @pytest.mark.parametrize("mode", MODES)

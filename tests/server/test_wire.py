@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pynbd.server import wire as wire_module
-from pynbd.server.wire import FileSpan, Item, PlainWire, SpanFile, has_hole, tune
+from pynbd.server.wire import FileSpan, Item, PlainWire, SpanFile, has_hole, together, tune
 from tests.server.clients import LIMIT_S, open_descriptors
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -296,3 +298,9 @@ def test_unix_sockets_get_large_buffers() -> None:
         tune(sock)
         assert not sock.getblocking()
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) >= before
+
+
+@given(st.lists(st.binary(max_size=30_000), min_size=1, max_size=5))
+def test_together_keeps_the_bytes(items: list[bytes]) -> None:
+    joined = together(list(items))
+    assert b"".join(item for item in joined if isinstance(item, bytes)) == b"".join(items)
