@@ -1,7 +1,8 @@
 """Whether calls that should be quick are still made in place, or given to a thread for a while."""
 
-SLOW_S = 0.001
-"""A call in place that takes longer is one that kept everybody waiting."""
+SLOW_S = 0.004
+"""A call in place that takes longer has kept everybody waiting. Shorter ones may just have lost the processor for a time
+slice to somebody else, and threads would not be quicker then."""
 
 FIRST_PAUSE_S = 0.002
 LONGEST_PAUSE_S = 0.25
