@@ -1,10 +1,10 @@
 """Whether calls that should be quick are still made in place, or given to a thread for a while."""
 
 SLOW_S = 0.004
-"""A call in place that takes longer has kept everybody waiting. Shorter ones may just have lost the processor for a time
-slice to somebody else, and threads would not be quicker then."""
+"""A call in place that takes longer has kept everybody waiting. A shorter one may just have lost the processor to
+somebody else for a time slice, and a thread would not have been quicker then."""
 
-FIRST_PAUSE_S = 0.002
+FIRST_PAUSE_S = 0.008
 LONGEST_PAUSE_S = 0.25
 """How long threads make the calls after a slow one. A single slow call says little (the machine may have been busy):
 the pause is short at first, and doubles as long as slow calls follow each other."""
