@@ -32,7 +32,7 @@ def live_through_ext4(guest: Guest, device: str, image: Path) -> KeptFile:
     `image` is the file behind the export, on this machine: after fstrim it must take less room. Returns a file that
     is still on the filesystem, which is unmounted at the end. Raises `GuestError` or AssertionError.
     """
-    # Nothing may be initialised later: that would be written while the test looks at how much the image holds.
+    # ext4 may initialise its tables later, and what that writes would count against what fstrim gives back.
     at_once = "-E lazy_itable_init=0,lazy_journal_init=0"
     guest.run(f"mkfs.ext4 -q {at_once} {device} && mkdir -p {MOUNT_POINT} && mount -t ext4 {device} {MOUNT_POINT}")
     _fill(guest)
