@@ -31,10 +31,11 @@ import msgspec
 from pynbd.block import errors
 from pynbd.block.extents import Extent, Status
 from pynbd.block.limits import UNLIMITED, Limits
-from pynbd.block.options import NodeOptions
+from pynbd.block.options import NodeOptions, Size
 from pynbd.block.permissions import ChildRole, Permission, default_permissions
 
 if TYPE_CHECKING:
+    from pynbd.block.backend import BlockBackend
     from pynbd.block.child import Child
     from pynbd.block.node import Node
 
@@ -82,6 +83,18 @@ FILTERED_CHILD: Mapping[str, ChildSpec] = {"file": ChildSpec(ChildRole.FILTERED 
 """What every filter takes: one child, and all that is not overridden goes to it."""
 
 
+class CreationOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What every new image takes; each format adds its own. Names are those of `qemu-img create -o`.
+
+    Args:
+        size: the length of the disk in bytes.
+        preallocation: what is done with the space.
+    """
+
+    size: Size = 0
+    preallocation: Preallocation = Preallocation.OFF
+
+
 class ImageInfo(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What is worth telling of an image beyond its size (QEMU's `BlockDriverInfo` and `ImageInfoSpecific`)."""
 
@@ -105,6 +118,8 @@ class Driver:
     schemes: ClassVar[tuple[str, ...]] = ()
     """The URI schemes that it serves (the seed's `protocol_name`): `nbd+unix` …"""
     Options: ClassVar[type[NodeOptions]] = NodeOptions
+    CreateOptions: ClassVar[type[CreationOptions] | None] = None
+    """What a new image of this format takes; None if none can be made (see `create_image`)."""
     children: ClassVar[Mapping[str, ChildSpec]] = {}
     child_aliases: ClassVar[Mapping[str, str]] = {}
     """Other names under which options may give a child, and the child's own: QEMU's `image` of blkdebug."""
@@ -175,6 +190,17 @@ class Driver:
         return ""
 
     # --- life ----------------------------------------------------------------------------------------------
+
+    async def named_children(self) -> Mapping[str, Any]:
+        """Children that the image itself names (a backing file, a data file), as descriptions for `Graph.open`.
+
+        Asked before `open`, when the children that were given are there. Those that the options gave, or forbade
+        (`backing=null`), are not opened from here; the others are, as untrusted: only drivers of an allow-list.
+
+        Raises:
+            OSError, BlockError: the image can't be read.
+        """
+        return {}
 
     async def open(self) -> None:
         """Get ready. The children are there already; `self.size` and `self.limits` are to be set here.
@@ -285,6 +311,22 @@ class Driver:
             OSError, BlockError: it can't be made; nothing half-made is left.
         """
         raise errors.OptionError(f"driver {cls.name!r} can't make new images")
+
+    @classmethod
+    async def create_image(
+        cls, file: "BlockBackend", options: CreationOptions, *, data_file: "BlockBackend | None" = None
+    ) -> None:
+        """Lay a new image of this format out in a file.
+
+        Args:
+            file: where; it may be written and resized, and is empty or is to be overwritten.
+            options: of the class's `CreateOptions`.
+            data_file: where the guest's bytes go, for formats that can keep them apart.
+
+        Raises:
+            OSError, BlockError: it can't be made; the file holds anything.
+        """
+        raise errors.OptionError(f"format {cls.name!r} can't make new images")
 
     # --- the graph -----------------------------------------------------------------------------------------
 
