@@ -96,7 +96,10 @@ class CreationOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class ImageInfo(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """What is worth telling of an image beyond its size (QEMU's `BlockDriverInfo` and `ImageInfoSpecific`)."""
+    """What is worth telling of an image beyond its size (QEMU's `BlockDriverInfo` and `ImageInfoSpecific`).
+
+    `specific` is what QEMU has as the `data` of `ImageInfoSpecific`, by its names: `{"compat": "1.1", …}`.
+    """
 
     cluster_size: int = 0
     vm_state_offset: int = 0

@@ -116,6 +116,9 @@ class VmStates(Protocol):
 class Backed(Protocol):
     """The image names its backing file (`bdrv_change_backing_file`)."""
 
+    def backing_name(self) -> tuple[str, str]:
+        """(file name, format) of the backing file as they stand in the image; "" where it gives none."""
+
     async def change_backing_file(self, filename: str, format: str) -> None:
         """Write another name ("" for none) into the image. The graph stays as it is.
 

@@ -192,6 +192,8 @@ class Graph:
         kind = registry.driver_class(name, trusted=trusted)
         tree = own_child_names(tree, kind, path)
         own = {key: value for key, value in tree.items() if key not in kind.children}
+        if own.get("backing", "") is None:
+            del own["backing"]  # who has no backing file can be opened without it, whatever the format turns out to be
         for key, value in own.items():
             # A key that looks like a child the driver does not have deserves more than "unknown option".
             if isinstance(value, Mapping) and "driver" in value and key not in field_names(kind.Options):

@@ -191,3 +191,10 @@ async def test_zeroes_that_are_found_are_fenced_too(graph: Graph) -> None:
     with pytest.raises(OSError, match="look like a qed image"):
         await backend.write(3, memoryview(b"\0"))
     await backend.write(0, memoryview(bytes(512)))
+
+
+async def test_a_backing_file_can_be_forbidden_before_the_format_is_known(graph: Graph) -> None:
+    node = await graph.open({**probed(), "backing": None})
+    assert (node.driver.name, set(node.children)) == ("raw", {"file"})
+    with pytest.raises(OptionError, match="backing"):
+        await graph.open({**probed(), "backing": {"driver": "null"}})
