@@ -17,6 +17,7 @@ from pynbd.cli.failure import told, unexpected
 from pynbd.cli.greeting import greeting
 from pynbd.cli.serve_config import configuration
 from pynbd.server.config import Config
+from pynbd.server.loop import serving_loop
 from pynbd.server.service import Service, open_service
 
 LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
@@ -35,7 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.check_config:
                 return say_good(config, arguments)
             announce = daemonize() if arguments.fork else None
-            return asyncio.run(serve(config, arguments, announce, at_end))
+            with asyncio.Runner(loop_factory=serving_loop) as runner:
+                return runner.run(serve(config, arguments, announce, at_end))
     except (OSError, BlockError) as problem:
         print(f"pynbd serve: {told(problem)}", file=sys.stderr)
     except Exception as problem:

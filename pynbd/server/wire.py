@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+from pynbd.server.loop import ServingLoop
+
 MAX_VECTORS = 512
 """Buffers of one `sendmsg`; the kernel takes 1024."""
 
@@ -158,6 +160,10 @@ class PlainWire:
         on_lost: Callable[[OSError], None],
     ) -> None:
         self._loop = loop
+        self._add_reader: Callable[..., None] = loop.add_reader
+        self._remove_reader: Callable[[int], object] = loop.remove_reader
+        if isinstance(loop, ServingLoop):
+            self._add_reader, self._remove_reader = loop.add_direct_reader, loop.remove_direct_reader
         self._sock = sock
         self._fd = sock.fileno()
         self._on_readable = on_readable
@@ -293,12 +299,12 @@ class PlainWire:
     def pause_reading(self) -> None:
         if self._reading:
             self._reading = False
-            self._loop.remove_reader(self._fd)
+            self._remove_reader(self._fd)
 
     def resume_reading(self) -> None:
         if not self._reading and not self._closed:
             self._reading = True
-            self._loop.add_reader(self._fd, self._on_readable)
+            self._add_reader(self._fd, self._on_readable)
 
     def close(self) -> int:
         if self._closed:
