@@ -2,7 +2,7 @@
 
 Decided by reading every file's syntax tree, so that imports inside functions and under TYPE_CHECKING count as well.
 
-    cli → control → server, jobs → filters, formats, storage → block
+    cli → control → server, jobs → filters, formats, storage → crypto → block
     server, storage/nbd → nbd_protocol (and cli, control, which stand above the server: `pynbd info` speaks as a client)
 """
 
@@ -18,13 +18,14 @@ import pytest
 from tests.peers import ROOT
 
 BUILT_ON = {
-    "cli": {"control", "server", "jobs", "filters", "formats", "storage", "block"},
-    "control": {"server", "jobs", "filters", "formats", "storage", "block"},
-    "server": {"filters", "formats", "storage", "block"},
-    "jobs": {"filters", "formats", "storage", "block"},
-    "filters": {"block"},
-    "formats": {"block"},
-    "storage": {"block"},
+    "cli": {"control", "server", "jobs", "filters", "formats", "storage", "crypto", "block"},
+    "control": {"server", "jobs", "filters", "formats", "storage", "crypto", "block"},
+    "server": {"filters", "formats", "storage", "crypto", "block"},
+    "jobs": {"filters", "formats", "storage", "crypto", "block"},
+    "filters": {"crypto", "block"},
+    "formats": {"crypto", "block"},
+    "storage": {"crypto", "block"},
+    "crypto": {"block"},
     "block": set[str](),
 }
 """The parts of pynbd, and the other parts that each may import."""

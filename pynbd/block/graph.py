@@ -23,6 +23,7 @@ from pynbd.block.driver import Driver
 from pynbd.block.errors import BlockError, OptionError, PermissionConflict
 from pynbd.block.limits import Limits
 from pynbd.block.node import Node
+from pynbd.block.objects import Objects
 from pynbd.block.options import MAX_SIZE_BYTES, NodeOptions
 from pynbd.block.permissions import Permission
 
@@ -58,10 +59,15 @@ class Plan(NamedTuple):
 
 
 class Graph:
-    """The nodes of one process, by name."""
+    """The nodes of one process, by name.
 
-    def __init__(self) -> None:
+    Args:
+        objects: secrets and the like that nodes refer to by id; others may be made later.
+    """
+
+    def __init__(self, objects: Objects | None = None) -> None:
         self.nodes: dict[str, Node] = {}
+        self.objects = Objects() if objects is None else objects
         self._foreseen: frozenset[str] = frozenset()
         self._opening: set[str] = set()
 
@@ -262,7 +268,7 @@ class Graph:
             raise
 
     async def _open_node(self, plan: Plan, children: Mapping[str, Node]) -> Node:
-        node = Node(plan.kind(plan.options), plan.options)
+        node = Node(plan.kind(plan.options), plan.options, self.objects)
         if node.name in self.nodes or node.name in self._opening:
             raise OptionError(f"node-name: there is a node {node.name!r} already")
         self._opening.add(node.name)

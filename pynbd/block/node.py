@@ -19,6 +19,7 @@ from pynbd.block.child import Child, DataPath
 from pynbd.block.driver import Driver, Filter, ImageInfo, Location, Preallocation
 from pynbd.block.errors import io_error
 from pynbd.block.extents import ChainExtent, Extent
+from pynbd.block.objects import Objects
 from pynbd.block.options import MAX_SIZE_BYTES, NodeOptions
 from pynbd.block.permissions import Permission
 from pynbd.block.requests import RequestFlag, RequestTracker
@@ -68,10 +69,12 @@ class Node:
     Args:
         driver: not yet opened; the graph opens it once the children are attached.
         options: what every node takes, and the driver's own.
+        objects: secrets and the like that the options may refer to by id.
     """
 
-    def __init__(self, driver: Driver, options: NodeOptions) -> None:
+    def __init__(self, driver: Driver, options: NodeOptions, objects: Objects) -> None:
         self.driver = driver
+        self.objects = objects
         self.calls = driver
         """Whose methods the layer calls: the driver itself, or what fits a driver from outside to its calls."""
         self.options = options

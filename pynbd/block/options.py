@@ -231,7 +231,9 @@ def _undotted(tree: Any, depth: int) -> Any:
 
 
 def _owner(driver: str) -> str:
-    """Whose options they are: a driver's, or those of a table of a file that is no driver's (`[server]`)."""
+    """Whose options they are: a driver's, an object's, or those of a table of a file (`[server]`)."""
+    if driver.startswith("object "):
+        return driver
     return f"table {driver}" if driver.startswith("[") else f"driver {driver!r}"
 
 
@@ -251,7 +253,7 @@ def convert(tree: Mapping[str, Any], kind: type[AnyOptions], *, path: str = "", 
         tree: the values, by option name.
         kind: the struct of options.
         path: what to put before option names in messages: `file.server.`.
-        driver: the driver's name, for messages; or that of a table in brackets: `[server]`.
+        driver: the driver's name, for messages; or that of a table in brackets, `[server]`; or `object 'sec0'`.
 
     Raises:
         OptionError: naming the option, the driver, and what was allowed.

@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pynbd.cli.objects import add_object_argument, make_objects
+
 if TYPE_CHECKING:
     from pynbd.block.backend import BlockBackend
     from pynbd.block.graph import Graph
@@ -52,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("destination", metavar="DST")
     parser.add_argument("-f", "--source-format", default="", metavar="FORMAT", help="SRC's format (default: probed)")
     parser.add_argument("-O", "--destination-format", default="", metavar="FORMAT", help="DST's format (default: raw)")
+    add_object_argument(parser)
     parser.add_argument("-p", "--progress", action="store_true", help="show a progress bar, on a terminal")
     parser.add_argument("--requests", type=int, default=REQUESTS, metavar="N", help="requests in flight (%(default)s)")
     parser.add_argument(
@@ -88,7 +91,7 @@ async def _run(arguments: argparse.Namespace) -> int:
 
     request_bytes = _checked(arguments)
     interruption = Interruption()
-    graph = Graph()
+    graph = Graph(make_objects(arguments.object))
     source_tree = _tree(graph, arguments.source, arguments.source_format, arguments.connections)
     filename = _file_to_make(graph, arguments)
     with interruption.listening():

@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from pynbd.cli.objects import add_object_argument
+
 EPILOG = """\
 DISK is a file name, a URI (nbd://…), a Python file with a driver (./mine.py),
 dotted options (driver=raw,file.driver=file,file.filename=disk.raw) or
@@ -34,7 +36,6 @@ ELSEWHERE = {
     ("-l", "--load-snapshot"): "snapshots inside of images are not there yet",
     ("-P", "--partition"): "give the partition's --offset, or driver=raw,offset=…,size=…,file.filename=…",
     ("--tls-creds", "--tls-authz", "--tls-hostname", "--tls-certificates"): "TLS is not there yet",
-    ("--object",): "TLS and encryption, and so their objects, are not there yet",
     ("-T", "--trace"): "-v and -vv tell more",
     ("--selinux-label",): "start it by `runcon` for an SELinux label",
     ("-V", "--version"): "`pynbd --version` tells the version",
@@ -69,7 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.more_words_for = "disk"  # type: ignore[attr-defined]  # it is our own Parser, seen as what it extends
     parser.add_argument("disk", nargs="*", metavar="DISK", help="what to serve, or NAME=DISK")
-    _add_disk_arguments(parser.add_argument_group("disks"))
+    disks = parser.add_argument_group("disks")
+    _add_disk_arguments(disks)
+    add_object_argument(disks)
     _add_export_arguments(parser.add_argument_group("exports"))
     _add_listen_arguments(parser.add_argument_group("where"))
     _add_life_arguments(parser.add_argument_group("life"))

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from nbd_protocol.constants import DEFAULT_PORT
-from pynbd.block import options
+from pynbd.block import objects, options
 from pynbd.block.errors import OptionError
 from pynbd.server import config as configs
 from pynbd.server.check import check, check_export
@@ -69,7 +69,8 @@ def configuration(arguments: argparse.Namespace, at_end: contextlib.ExitStack) -
         listen=listen_addresses(arguments, config, at_end),
         max_clients=arguments.shared or config.server.max_clients,
     )
-    return msgspec.structs.replace(config, server=server, exports=exports)
+    made = (*config.objects, *(objects.parse(text) for text in arguments.object))
+    return msgspec.structs.replace(config, server=server, objects=made, exports=exports)
 
 
 def given_by(option: str) -> str:

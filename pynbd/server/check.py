@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from nbd_protocol.constants import MAX_STRING_BYTES
-from pynbd.block import options, registry
+from pynbd.block import objects, options, registry
 from pynbd.block.bitmaps import DirtyBitmap
 from pynbd.block.driver import Filter
 from pynbd.block.errors import BlockError, OptionError
@@ -35,6 +35,7 @@ def check(config: Config) -> None:
             parse_address(text)
             if text in config.server.listen[:number]:
                 raise OptionError(f"{text!r} is given twice")
+    check_objects(config)
     check_nodes(config)
     for name, wanted in config.exports.items():
         check_export(name, wanted, config, functools.partial("export.{}.{}: ".format, toml_key(name)))
@@ -47,6 +48,20 @@ def told_at(place: str) -> Iterator[None]:
         yield
     except BlockError as problem:
         raise OptionError(f"{place}{problem}") from problem
+
+
+def check_objects(config: Config) -> None:
+    """Check the secrets and other objects; what they name is not read.
+
+    Raises:
+        OptionError: what is wrong, and with which one.
+    """
+    ids: set[str] = set()
+    for tree in config.objects:
+        _, described = objects.checked(tree)
+        if described.id in ids:
+            raise OptionError(f"object {described.id!r}: there are two objects of that id")
+        ids.add(described.id)
 
 
 def check_nodes(config: Config) -> None:

@@ -3,6 +3,11 @@
 [server]
 listen = ["127.0.0.1:10809", "[::1]:10809", "unix:/run/pynbd.sock"]
 
+[[object]]                        # secrets that nodes refer to by id
+qom-type = "secret"
+id = "sec0"
+file = "/etc/pynbd/disk0.key"
+
 [[node]]                          # disks that several exports, filters or overlays use by name
 node-name = "base"
 driver = "raw"
@@ -116,11 +121,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
     Args:
         server: where and how.
+        objects: secrets and the like, in the order in which they are made.
         nodes: disks by name, in the order in which they are opened.
         exports: by name; "" is the default export.
     """
 
     server: ListenOptions = ListenOptions()
+    objects: tuple[dict[str, Any], ...] = ()
     nodes: tuple[dict[str, Any], ...] = ()
     exports: dict[str, ExportOptions] = {}
 
@@ -200,18 +207,17 @@ def from_tree(tree: dict[str, Any]) -> Config:
         OptionError: which key is wrong, and what was allowed.
     """
     for key in tree:
-        if key not in ("server", "node", "export"):
-            raise OptionError(f"{key}: there are only the tables [server], [[node]] and [export.NAME]")
+        if key not in ("server", "object", "node", "export"):
+            raise OptionError(f"{key}: there are only the tables [server], [[object]], [[node]] and [export.NAME]")
     exports = _table(tree, "export", "export")
-    nodes = tree.get("node", [])
-    if not isinstance(nodes, list) or not all(isinstance(node, dict) for node in nodes):
-        raise OptionError("node: expected tables, written [[node]]")
+    nodes = _tables(tree, "node")
     for number, node in enumerate(nodes, 1):
         name = node.get("node-name")
         if not isinstance(name, str) or not name:
             raise OptionError(f"node: the table number {number} needs a node-name, found {name!r}")
     return Config(
         server=options.convert(_table(tree, "server", "server"), ListenOptions, path="server.", driver="[server]"),
+        objects=tuple(_tables(tree, "object")),
         nodes=tuple(nodes),
         exports={name: _export(exports, name) for name in exports},
     )
@@ -225,6 +231,13 @@ def _export(exports: dict[str, Any], name: str) -> ExportOptions:
 def toml_key(name: str) -> str:
     """A name as a key in TOML."""
     return name if TOML_BARE_KEY.fullmatch(name) else msgspec.json.encode(name).decode()
+
+
+def _tables(tree: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    tables = tree.get(name, [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise OptionError(f"{name}: expected tables, written [[{name}]]")
+    return tables
 
 
 def _table(tree: dict[str, Any], name: str, path: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pynbd.block.bitmaps import DirtyBitmap
 from pynbd.block.errors import OptionError
 from pynbd.block.graph import Graph
 from pynbd.block.node import Node
+from pynbd.block.objects import Objects
 from pynbd.block.permissions import Permission
 from pynbd.block.registry import is_python_file
 from pynbd.server.check import check, filter_tree
@@ -180,6 +181,9 @@ async def open_service(config: Config, *, grace_s: float = 10.0) -> AsyncIterato
         OptionError, BlockError, OSError: something can't be opened; nothing stays open.
     """
     check(config)
+    objects = Objects()
+    for described in config.objects:
+        objects.make(described)
     server = NbdServer(
         [],
         max_clients=config.server.max_clients,
@@ -187,7 +191,7 @@ async def open_service(config: Config, *, grace_s: float = 10.0) -> AsyncIterato
         structured=config.server.structured_replies,
         extended=config.server.extended_headers,
     )
-    service = Service(Graph(), server)
+    service = Service(Graph(objects), server)
     try:
         for tree in config.nodes:
             await service.graph.open(tree)

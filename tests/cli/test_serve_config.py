@@ -267,3 +267,11 @@ def test_arguments_that_can_not_be_understood(words: list[str], said: str, capsy
     assert (end.value.code, err.count("\n")) == (1, 1)
     assert err.startswith("pynbd serve: ")
     assert said in err
+
+
+def test_objects_of_the_file_come_before_those_of_the_command_line() -> None:
+    Path("c.toml").write_text(
+        '[[object]]\nqom-type = "secret"\nid = "a"\ndata = "x"\n[export.e]\ndisk = "driver=null"\n'
+    )
+    found = config("--config", "c.toml", "--object", "secret,id=b,data=y").objects
+    assert [(tree["id"], tree["data"]) for tree in found] == [("a", "x"), ("b", "y")]

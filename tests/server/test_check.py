@@ -63,6 +63,8 @@ def test_what_is_right_passes() -> None:
     [
         ('[server]\nlisten = ["a:1", "b:x"]', "server.listen.1: 'b:x': 'x' is no port"),
         ('[server]\nlisten = ["a:1", "a:1"]', "server.listen.1: 'a:1' is given twice"),
+        ('[[object]]\nqom-type = "secret"', "object of kind 'secret': id: write a letter"),
+        (2 * '[[object]]\nqom-type = "secret"\nid = "s"\n', "there are two objects of that id"),
         ('[[node]]\nnode-name = "n"', "node 'n': no driver is given"),
         ('[[node]]\nnode-name = "n"\ndriver = "memry"', "node 'n': driver 'memry' is unknown (did you mean 'memory'?)"),
         ('[[node]]\nnode-name = "9"\ndriver = "null"', "node '9': node-name: '9' is no name"),

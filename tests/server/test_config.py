@@ -80,6 +80,11 @@ structured-replies = false
 extended-headers = "off"
 payload-memory = "16M"
 
+[[object]]
+qom-type = "secret"
+id = "sec0"
+file = "key"
+
 [[node]]
 node-name = "golden"
 driver = "memory"
@@ -118,6 +123,7 @@ def test_every_key() -> None:
             extended_headers=False,
             payload_memory=16 << 20,
         ),
+        objects=({"qom-type": "secret", "id": "sec0", "file": "key"},),
         nodes=({"node-name": "golden", "driver": "memory", "size": "1M"},),
         exports={
             "disk-0": ExportOptions(
@@ -151,7 +157,7 @@ def test_every_key_is_in_that_test() -> None:
     ("text", "said"),
     [
         ("x = [", "Invalid value"),
-        ("[serer]", "serer: there are only the tables [server], [[node]] and [export.NAME]"),
+        ("[serer]", "serer: there are only the tables [server], [[object]], [[node]] and [export.NAME]"),
         ("server = 5", "server: expected a table, found 5"),
         ('export.a = "x"', "export.a: expected a table, found 'x'"),
         ('export."a.b" = "x"', 'export."a.b": expected a table'),
@@ -161,6 +167,7 @@ def test_every_key_is_in_that_test() -> None:
         ('[server]\nmax-clients = "x"', "server.max-clients: expected `int`, got `str`"),
         ('[server]\npayload-memory = "x"', "server.payload-memory: 'x' is no size"),
         ("[server]\nlisen = []", "server.lisen: table [server] has no such option (did you mean 'listen'?)"),
+        ("[object]\nx = 1", "object: expected tables, written [[object]]"),
         ("[node]\nx = 1", "node: expected tables, written [[node]]"),
         ("[[node]]\ndriver = 'null'", "node: the table number 1 needs a node-name, found None"),
         ("[[node]]\nnode-name = 5", "the table number 1 needs a node-name, found 5"),

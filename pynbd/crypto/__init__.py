@@ -1,0 +1,1 @@
+"""Encryption of disks: secrets, ciphers for sectors, and the LUKS container."""
