@@ -3,7 +3,8 @@
 It comes with the extra `crypto`; whoever has no encrypted disks does without it.
 """
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from pynbd.block.errors import OptionError
 
@@ -15,6 +16,31 @@ NEEDED = "encryption needs the Python package cryptography, version 43 or later:
 AES_BLOCK_BYTES = 16
 
 AesMode = Literal["ecb", "cbc", "ctr"]
+
+Context = TypeVar("Context")
+
+
+class Pool(Generic[Context]):
+    """Contexts of a cipher, which take longer to make than a sector to encrypt, and serve one thread at a time.
+
+    Args:
+        make: makes one more.
+    """
+
+    def __init__(self, make: Callable[[], Context]) -> None:
+        self._make = make
+        self._free: list[Context] = []
+
+    def take(self) -> Context:
+        """A context that nobody else uses until it is given back. One that failed is to be dropped."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            return self._make()
+
+    def give(self, context: Context) -> None:
+        """Give a context back."""
+        self._free.append(context)
 
 
 def _aes(key: bytes, mode: AesMode, iv: bytes) -> "Cipher":  # type: ignore[type-arg]  # any of its modes
