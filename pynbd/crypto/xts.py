@@ -1,4 +1,4 @@
-"""AES-XTS (IEEE 1619) over sectors of 512 bytes, made of AES-ECB, which `cryptography` does for many of them in one call.
+"""AES-XTS (IEEE 1619) over sectors of 512 bytes, made of AES-ECB, which takes many of them in one call.
 
 A block is encrypted as E(P ^ T) ^ T. T is the sector's tweak, encrypted with the second half of the key, times x^j in
 GF(2^128) for the j-th block of the sector. The T of a group of sectors are worked out together, in one long integer:
