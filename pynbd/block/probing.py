@@ -37,9 +37,6 @@ SIGNATURES: tuple[tuple[str, int, bytes], ...] = (
 )
 """The marks of image formats: name, offset, bytes. Any of them makes a disk look like more than raw bytes."""
 
-PROBED_FORMATS = (RAW,)
-"""Built-in formats that are asked for their score."""
-
 
 def signature_of(head: bytes) -> str | None:
     """The format whose mark stands in an image's first bytes, if any does."""
@@ -59,15 +56,16 @@ def probe_format(head: bytes, filename: str) -> str:
     Raises:
         OptionError: it is a format that this version can't open.
     """
-    scores = {name: registry.driver_class(name).probe(head, filename) for name in PROBED_FORMATS}
-    best = max(scores, key=lambda name: scores[name])
     signature = signature_of(head)
-    if signature is not None and signature not in scores:
-        raise OptionError(
-            f"{filename}: this is a {signature} image, which can't be opened as a disk; "
-            f"give -f raw to serve its bytes as they are"
-        )
-    return best
+    if signature is None:
+        return RAW
+    # Only the driver of that mark is imported and asked.
+    if signature in registry.BUILT_IN and registry.driver_class(signature).probe(head, filename):
+        return signature
+    raise OptionError(
+        f"{filename}: this is a {signature} image, which can't be opened as a disk; "
+        f"give -f raw to serve its bytes as they are"
+    )
 
 
 async def read_head(node: Node) -> bytes:

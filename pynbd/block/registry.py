@@ -26,6 +26,7 @@ BUILT_IN = {
     "delay": "pynbd.filters.delay:Delay",
     "file": "pynbd.storage.file:File",
     "host_device": "pynbd.storage.file:HostDevice",
+    "luks": "pynbd.formats.luks:LuksFormat",
     "memory": "pynbd.storage.memory:Memory",
     "nbd": "pynbd.storage.nbd:Nbd",
     "nofilter": "pynbd.filters.nofilter:NoFilter",
@@ -47,7 +48,7 @@ SCHEMES = {
 }
 """The driver of each URI scheme."""
 
-IMAGE_ALLOW_LIST = frozenset({"file", "host_device", "nbd", "raw", "null"})
+IMAGE_ALLOW_LIST = frozenset({"file", "host_device", "luks", "nbd", "raw", "null"})
 """Drivers that a name found inside an image (a backing file, an extent) may open."""
 
 

@@ -92,7 +92,7 @@ async def test_a_description_is_opened(graph: Graph, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("description", "said"),
     [
-        ('json:{"driver": "EVIL"}', "can't be named inside an image; allowed are: file, host_device, nbd, "),
+        ('json:{"driver": "EVIL"}', "can't be named inside an image; allowed are: file, host_device, luks, nbd, "),
         ("driver=EVIL", "can't be named inside an image"),
         ("driver=EVIL:Class", "can't be named inside an image"),
         ('json:{"driver": "raw", "file": {"driver": "EVIL"}}', "can't be named inside an image"),
