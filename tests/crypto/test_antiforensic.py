@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pynbd.crypto.antiforensic import diffuse, merge, split
+from pynbd.crypto.antiforensic import diffuser, merge, split
 from pynbd.crypto.hashes import HASHES, digest
 
 
@@ -32,5 +32,5 @@ def test_pieces_are_numbered_and_the_last_is_cut(length: int) -> None:
     expected = digest("sha1", bytes(4) + block[:20])
     for number in range(1, 4):
         expected += digest("sha1", bytes([0, 0, 0, number]) + block[20 * number : 20 * number + 20])
-    found = diffuse(int.from_bytes(block, "little"), length, "sha1").to_bytes(length, "little")
+    found = diffuser(length, "sha1")(int.from_bytes(block, "little")).to_bytes(length, "little")
     assert found == expected[:length]

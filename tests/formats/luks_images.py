@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 
 from pynbd.block.backend import BlockBackend
 from pynbd.block.graph import Graph
 from pynbd.block.objects import Objects
 from pynbd.block.permissions import Permission
+from pynbd.crypto import hashes
 from pynbd.formats.luks import LuksCreationOptions, LuksFormat
 from tests.peers import CommandError, require_tool, run
 
@@ -72,6 +74,8 @@ async def create(path: Path, size: int = SIZE, **options: Any) -> None:
     wanted = msgspec.convert({"size": size, **given}, LuksCreationOptions, strict=False)
     graph = Graph(objects())
     backend = BlockBackend("create")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(hashes, "MEASURED_S", 0.002)
     try:
         node = await graph.open({"driver": "file", "filename": str(path)})
         graph.attach(backend, node, READ_WRITE)
@@ -80,6 +84,7 @@ async def create(path: Path, size: int = SIZE, **options: Any) -> None:
         finally:
             graph.detach(backend)
     finally:
+        patch.undo()
         await graph.close_all()
 
 
