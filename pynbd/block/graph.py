@@ -56,6 +56,8 @@ class Plan(NamedTuple):
     kind: type[Driver]
     options: NodeOptions
     children: "dict[str, Plan | Node]"
+    forbidden: frozenset[str] = frozenset()
+    """Children that are not to be opened, although the image may name them (`backing=null`)."""
 
 
 class Graph:
@@ -74,7 +76,13 @@ class Graph:
     # --- opening ------------------------------------------------------------------------------------------
 
     async def open(
-        self, description: str | Mapping[str, Any], *, format: str = "", trusted: bool = True, **defaults: Any
+        self,
+        description: str | Mapping[str, Any],
+        *,
+        format: str = "",
+        trusted: bool = True,
+        above: tuple[str, ...] = (),
+        **defaults: Any,
     ) -> Node:
         """Open a node, and everything below it.
 
@@ -82,6 +90,7 @@ class Graph:
             description: a file name, a URI, dotted keys, `json:{…}`, or the tree itself.
             format: the format of an image that is given by name; probed if empty.
             trusted: whether a person wrote it. What an image names opens only drivers of an allow-list.
+            above: the file names of the images that are being opened on top of it.
             defaults: options of the top node (`read_only=True`); a trusted description may override them.
 
         Raises:
@@ -92,8 +101,8 @@ class Graph:
         given = {name.replace("_", "-"): value for name, value in defaults.items()}
         tree = given | tree if trusted else tree | given
         if "driver" not in tree:
-            return await self._open_probed(tree, trusted=trusted)
-        return await self._open_plan(self._plan(tree, "", trusted=trusted, depth=0))
+            return await self._open_probed(tree, trusted=trusted, above=above)
+        return await self._open_plan(self._plan(tree, "", trusted=trusted, depth=0), above)
 
     def describe(
         self, description: str | Mapping[str, Any], *, format: str = "", trusted: bool = True
@@ -146,7 +155,7 @@ class Graph:
         device = registry.driver_class("host_device", trusted=trusted)
         return {"driver": device.name if device.probe_device(name) else "file", "filename": name}
 
-    async def _open_probed(self, tree: dict[str, Any], *, trusted: bool) -> Node:
+    async def _open_probed(self, tree: dict[str, Any], *, trusted: bool, above: tuple[str, ...]) -> Node:
         """Open an image whose format nobody said."""
         if "file" not in tree:
             raise OptionError(f"no driver is given (options: {', '.join(sorted(tree)) or 'none'})")
@@ -156,7 +165,7 @@ class Graph:
             head = await probing.read_head(storage)
             name = probing.probe_format(head, storage.filename() or storage.name)
             top = self._plan({**tree, "driver": name, "file": storage}, "", trusted=trusted, depth=0)
-            node = await self._open_plan(top)
+            node = await self._open_plan(top, above)
         except BaseException:
             if not isinstance(plan, Node):
                 await self._close_unused([storage])
@@ -219,7 +228,8 @@ class Graph:
                 children[child] = self._plan_child(child, tree[child], inherit, path, trusted=trusted, depth=depth + 1)
             elif not spec.optional:
                 raise OptionError(f"{path}{child}: driver {kind.name!r} needs a node here")
-        plan = Plan(kind, options, children)
+        forbidden = frozenset(child for child in kind.children if child in tree and tree[child] is None)
+        plan = Plan(kind, options, children, forbidden)
         names = list(given_names(plan))
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
@@ -252,37 +262,61 @@ class Graph:
         # A parent decides which discards it passes down; what it does pass is meant.
         return self._plan({"discard": "unmap", **inherited, **tree}, f"{path}{name}.", trusted=trusted, depth=depth)
 
-    async def _open_plan(self, plan: Plan) -> Node:
+    async def _open_plan(self, plan: Plan, above: tuple[str, ...] = ()) -> Node:
         """Open the children, then the node on top of them."""
         opened: list[Node] = []
         try:
             children: dict[str, Node] = {}
             for name, below in plan.children.items():
-                child = below if isinstance(below, Node) else await self._open_plan(below)
+                child = below if isinstance(below, Node) else await self._open_plan(below, above)
                 if child is not below:
                     opened.append(child)
                 children[name] = child
-            return await self._open_node(plan, children)
+            return await self._open_node(plan, children, above)
         except BaseException:
             await self._close_unused(opened)
             raise
 
-    async def _open_node(self, plan: Plan, children: Mapping[str, Node]) -> Node:
+    async def _open_node(self, plan: Plan, children: Mapping[str, Node], above: tuple[str, ...]) -> Node:
         node = Node(plan.kind(plan.options), plan.options, self.objects)
         if node.name in self.nodes or node.name in self._opening:
             raise OptionError(f"node-name: there is a node {node.name!r} already")
         self._opening.add(node.name)
         try:
-            await self._open_driver(node, plan, children)
+            await self._open_driver(node, plan, children, above)
         finally:
             self._opening.remove(node.name)
         self.nodes[node.name] = node
         node.start()
         return node
 
-    async def _open_driver(self, node: Node, plan: Plan, children: Mapping[str, Node]) -> None:
+    async def _open_driver(self, node: Node, plan: Plan, children: Mapping[str, Node], above: tuple[str, ...]) -> None:
         """Join a new node to its children, and open its driver; if that fails, the children are as before."""
         driver = node.driver
+        named: dict[str, Node] = {}
+        try:
+            self._join(node, plan, children)
+            if not is_built_in(plan.kind):
+                node.calls = adapt(driver)
+            if type(driver).named_children is not Driver.named_children:
+                await self._open_named(node, plan, above, named)
+                self._join(node, plan, named)
+            await node.calls.open()
+        except BaseException:
+            self._cut_children(node)
+            await self._close_unused(named.values())
+            raise
+        if not 0 <= driver.size <= MAX_SIZE_BYTES:
+            try:
+                await node.calls.close()
+            finally:
+                self._cut_children(node)
+            raise BlockError(
+                f"{node.name}: driver {driver.name} has a size of {driver.size}, expected 0 to {MAX_SIZE_BYTES}"
+            )
+
+    def _join(self, node: Node, plan: Plan, children: Mapping[str, Node]) -> None:
+        """Make the edges from a new node to some children, who may be there for others as well."""
         for child in children.values():
             if not child.opened:
                 raise BlockError(f"{child.describe()} is being closed")
@@ -297,25 +331,34 @@ class Graph:
             node.children[name] = edge
             if plan.options.auto_read_only and child.read_only and plan.kind.children[name].writable:
                 node.read_only = True
-        try:
-            if not is_built_in(plan.kind):
-                node.calls = adapt(driver)
-            self.update_permissions([node])
-            for name in children:
-                driver.child_resized(name)
-            node.relink()
-            await node.calls.open()
-        except BaseException:
-            self._cut_children(node)
-            raise
-        if not 0 <= driver.size <= MAX_SIZE_BYTES:
+        self.update_permissions([node])
+        for name in children:
+            node.driver.child_resized(name)
+        node.relink()
+
+    async def _open_named(self, node: Node, plan: Plan, above: tuple[str, ...], named: dict[str, Node]) -> None:
+        """Open the children that an image names, as far as nobody gave or forbade them; they are put into `named`."""
+        filename = node.filename()
+        for name, description in (await node.driver.named_children()).items():
+            if name in node.children or name in plan.forbidden:
+                continue
+            if filename and filename in above:
+                chain = " → ".join([*above[above.index(filename) :], filename])
+                raise BlockError(f"{filename}: its chain of backing files comes back to it: {chain}")
+            if len(above) >= MAX_CHAIN_DEPTH:
+                raise BlockError(f"{filename or node.name}: a chain of more than {MAX_CHAIN_DEPTH} images")
+            options = msgspec.to_builtins(plan.options)
+            inherited = {key: options[key] for key in INHERITED if key in options}
+            if not plan.kind.children[name].writable:
+                inherited["read-only"] = True
+            given = {key.replace("-", "_"): value for key, value in inherited.items()}
             try:
-                await node.calls.close()
-            finally:
-                self._cut_children(node)
-            raise BlockError(
-                f"{node.name}: driver {driver.name} has a size of {driver.size}, expected 0 to {MAX_SIZE_BYTES}"
-            )
+                named[name] = await self.open(
+                    description, trusted=False, above=(*above, filename), **{"discard": "unmap", **given}
+                )
+            except (OSError, BlockError) as problem:
+                what = f"{filename or node.name}: its {name} can't be opened: {problem}"
+                raise (OSError(problem.errno, what) if isinstance(problem, OSError) else BlockError(what)) from problem
 
     def _cut_children(self, node: Node) -> None:
         for edge in node.children.values():

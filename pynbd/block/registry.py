@@ -32,6 +32,7 @@ BUILT_IN = {
     "nofilter": "pynbd.filters.nofilter:NoFilter",
     "null": "pynbd.storage.null:Null",
     "overlay": "pynbd.formats.overlay:Overlay",
+    "qcow2": "pynbd.formats.qcow2.driver:Qcow2",
     "raw": "pynbd.formats.raw:Raw",
 }
 
@@ -48,7 +49,7 @@ SCHEMES = {
 }
 """The driver of each URI scheme."""
 
-IMAGE_ALLOW_LIST = frozenset({"file", "host_device", "luks", "nbd", "raw", "null"})
+IMAGE_ALLOW_LIST = frozenset({"file", "host_device", "luks", "nbd", "null", "qcow2", "raw"})
 """Drivers that a name found inside an image (a backing file, an extent) may open."""
 
 

@@ -59,8 +59,8 @@ def test_anything_else_is_raw(head: bytes) -> None:
 
 async def test_a_probed_image_of_another_format_opens_nothing(graph: Graph) -> None:
     storage = await graph.open({"driver": "model", "size": SIZE, "node-name": "disk"})
-    await storage.path.write(0, memoryview(b"QFI\xfb\0\0\0\3"), 0)
-    with pytest.raises(OptionError, match="this is a qcow2 image"):
+    await storage.path.write(0, memoryview(b"QED\0"), 0)
+    with pytest.raises(OptionError, match="this is a qed image"):
         await graph.open({"file": "disk"})
     assert list(graph.nodes) == ["disk"]
     node = await graph.open({"driver": "raw", "file": "disk"})

@@ -1,0 +1,26 @@
+"""Names of files as they stand inside images: relative ones are meant from where the image is."""
+
+from pathlib import Path
+
+from pynbd.block import registry
+
+
+def has_protocol(name: str) -> bool:
+    """Whether a name is a URI, or a description (`json:…`), rather than a path."""
+    scheme = name.partition(":")[0]
+    return name.startswith("json:") or "://" in name or (":" in name and scheme in registry.SCHEMES)
+
+
+def named_from(image: str, name: str) -> str:
+    """The file name that `name` stands for inside an image.
+
+    Args:
+        image: the image's own file name; "" if it has none.
+        name: a path, relative to the image's folder or absolute, or a URI.
+    """
+    if has_protocol(name) or Path(name).is_absolute() or not image:
+        return name
+    if has_protocol(image):
+        prefix, slash, _ = image.rpartition("/")
+        return prefix + slash + name
+    return str(Path(image).parent / name)

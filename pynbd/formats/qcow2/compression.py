@@ -1,0 +1,87 @@
+"""Compressed clusters: raw deflate with a window of 4 KiB, or one zstd frame (section "Compressed Clusters")."""
+
+import zlib
+from collections.abc import Callable
+from functools import cache
+
+from pynbd.formats.qcow2.layout import CompressionType
+
+WINDOW_BITS = -12
+"""Raw deflate with a window of 2¹² bytes."""
+
+MEMORY_LEVEL = 9
+
+
+class CompressionError(Exception):
+    """The bytes are not what compression of a cluster gives; the text says why."""
+
+
+def inflate(data: bytes | memoryview, length: int) -> bytes:
+    """A cluster from raw deflate data, which may be followed by anything.
+
+    Raises:
+        CompressionError: they are damaged, or give fewer bytes.
+    """
+    stream = zlib.decompressobj(WINDOW_BITS)
+    try:
+        found = stream.decompress(data, length)
+    except zlib.error as problem:
+        raise CompressionError(str(problem)) from None
+    return _whole(found, length)
+
+
+def deflate(data: bytes | memoryview) -> bytes:
+    """Raw deflate data of a cluster."""
+    stream = zlib.compressobj(zlib.Z_DEFAULT_COMPRESSION, zlib.DEFLATED, WINDOW_BITS, MEMORY_LEVEL)
+    return stream.compress(data) + stream.flush()
+
+
+@cache
+def _zstd() -> tuple[Callable[[bytes | memoryview, int], bytes], Callable[[bytes | memoryview], bytes]]:
+    """(decompress, compress), from Python's own module (3.14) or its backport.
+
+    Raises:
+        CompressionError: neither is there.
+    """
+    try:
+        from compression import zstd  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        try:
+            from backports import zstd  # type: ignore[import-not-found, unused-ignore, no-redef]
+        except ImportError:
+            raise CompressionError("zstd needs the package backports.zstd: pip install 'pynbd[zstd]'") from None
+
+    def decompress(data: bytes | memoryview, length: int) -> bytes:
+        try:
+            return _whole(zstd.ZstdDecompressor().decompress(bytes(data), length), length)
+        except zstd.ZstdError as problem:
+            raise CompressionError(str(problem)) from None
+
+    def compress(data: bytes | memoryview) -> bytes:
+        return bytes(zstd.compress(data))
+
+    return decompress, compress
+
+
+def _whole(found: bytes, length: int) -> bytes:
+    if len(found) != length:
+        raise CompressionError(f"{len(found)} bytes came out, expected {length}")
+    return found
+
+
+def decompressor(kind: CompressionType) -> Callable[[bytes | memoryview, int], bytes]:
+    """The function that gives a cluster of a length from its compressed bytes; it may run in any thread.
+
+    Raises:
+        CompressionError: a library is missing.
+    """
+    return inflate if kind == CompressionType.ZLIB else _zstd()[0]
+
+
+def compressor(kind: CompressionType) -> Callable[[bytes | memoryview], bytes]:
+    """The function that compresses a cluster; it may run in any thread.
+
+    Raises:
+        CompressionError: a library is missing.
+    """
+    return deflate if kind == CompressionType.ZLIB else _zstd()[1]

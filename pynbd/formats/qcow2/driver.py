@@ -1,0 +1,334 @@
+"""`qcow2`: QEMU's image format, versions 2 and 3, read and written.
+
+What is read lies in the image's own clusters, in the backing file that it names, or is zero; `mapping.py` tells which,
+`writing.py` changes it, and `image.py` sees to it that the image is sound at any time.
+
+Limits: encrypted images are not opened yet; an image that was not closed properly (lazy refcounts), or is corrupt, only
+read-only.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from pynbd.block.child import Child
+from pynbd.block.driver import ChildSpec, Driver, ImageInfo, Location
+from pynbd.block.errors import BlockError, OptionError
+from pynbd.block.extents import Extent, Status
+from pynbd.block.image_names import named_from
+from pynbd.block.limits import Limits
+from pynbd.block.options import NodeOptions, OnOff, Size
+from pynbd.block.permissions import ChildRole
+from pynbd.block.requests import RequestFlag
+from pynbd.formats.qcow2 import compression
+from pynbd.formats.qcow2.header import Header
+from pynbd.formats.qcow2.image import Image, read_header
+from pynbd.formats.qcow2.layout import CryptMethod, Incompatible
+from pynbd.formats.qcow2.mapping import DATA, NOWHERE, PACKED, ZEROES, ClusterMapping, Piece
+from pynbd.formats.qcow2.writing import Writer
+
+MAX_STATUS_RUNS = 1024
+"""Extents in one answer of block_status."""
+
+MAX_L2_CACHE_BYTES = 32 << 20
+"""What L2 tables may take by default; tables are kept when they are used, so that small disks take little."""
+
+REFCOUNT_CACHE_TABLES = 64
+UNPACKED_CLUSTERS = 16
+"""Clusters that were decompressed lately and are kept: readers of 4 KiB come back for the rest of them."""
+
+COMPRESSED = int(RequestFlag.COMPRESSED)
+
+
+class Qcow2Options(NodeOptions, frozen=True, kw_only=True):
+    """Options of the driver `qcow2`.
+
+    Args:
+        lazy_refcounts: write reference counts late; the image's own choice, if it is not given.
+        pass_discard_request: what the guest discards is discarded in the file; with discard=unmap, if not given.
+        l2_cache_size: bytes of L2 tables that are kept in memory.
+        refcount_cache_size: bytes of refcount blocks that are kept in memory.
+        cache_size: both together.
+    """
+
+    lazy_refcounts: OnOff | None = None
+    pass_discard_request: OnOff | None = None
+    l2_cache_size: Size | None = None
+    refcount_cache_size: Size | None = None
+    cache_size: Size | None = None
+
+
+class Qcow2(Driver):
+    """QEMU's image format."""
+
+    name = "qcow2"
+    is_format = True
+    Options = Qcow2Options
+    children: ClassVar[Mapping[str, ChildSpec]] = {
+        "file": ChildSpec(ChildRole.DATA | ChildRole.METADATA),
+        "backing": ChildSpec(ChildRole.COW, optional=True, writable=False),
+        "data-file": ChildSpec(ChildRole.DATA, optional=True),
+    }
+    options: Qcow2Options
+    header: Header
+    image: Image
+    map: ClusterMapping
+    writer: Writer
+    guest_file: Child
+    """Where the guest's bytes lie: `file`, or `data-file`."""
+
+    def __init__(self, options: NodeOptions) -> None:
+        super().__init__(options)
+        self._unpacked: dict[int, bytes] = {}
+
+    @classmethod
+    def probe(cls, head: bytes, filename: str) -> int:
+        return 100 if head[:8] in (b"QFI\xfb\0\0\0\2", b"QFI\xfb\0\0\0\3") else 0
+
+    # --- life ----------------------------------------------------------------------------------------------
+
+    @property
+    def image_name(self) -> str:
+        """The image's name for messages."""
+        return self.file.node.filename() or self.node.name
+
+    async def named_children(self) -> Mapping[str, Any]:
+        header = await read_header(self.file, self.image_name)
+        named: dict[str, Any] = {}
+        if header.backing_file:
+            named["backing"] = self._description(header.backing_file, header.backing_format)
+        if header.has_data_file and header.data_file:
+            named["data-file"] = {"driver": "file", "filename": self._full_name(header.data_file)}
+        return named
+
+    def _full_name(self, name: str) -> str:
+        return named_from(self.file.node.filename(), name)
+
+    def _description(self, name: str, format: str | None) -> Any:
+        full = self._full_name(name)
+        if full.startswith("json:"):
+            return full
+        return {"driver": format, "file": {"filename": full}} if format else {"filename": full}
+
+    async def open(self) -> None:
+        self.header = header = await read_header(self.file, self.image_name)
+        if header.crypt_method != CryptMethod.NONE:
+            raise BlockError(f"{self.image_name}: encrypted images can't be opened yet")
+        if header.has_data_file and "data-file" not in self.node.children:
+            raise BlockError(f"{self.image_name}: its data are in another file: give data-file")
+        if not header.has_data_file and "data-file" in self.node.children:
+            raise OptionError(f"{self.image_name}: data-file was given, but the image keeps its data in itself")
+        l2_cache, refcount_cache = self._cache_sizes()
+        data_file = self.node.children["data-file"] if header.has_data_file else None
+        self.image = image = Image(
+            self.file, header, self.image_name, l2_cache=l2_cache, refcount_cache=refcount_cache, data_file=data_file
+        )
+        self.guest_file = data_file or self.file
+        await image.load()
+        self.map = ClusterMapping(image)
+        self.writer = Writer(self)
+        self.size = header.size
+        self.limits = Limits(optimal_transfer=header.cluster_size, discard_alignment=header.cluster_size)
+        if not self.node.read_only:
+            await self._open_for_writing()
+
+    async def _open_for_writing(self) -> None:
+        header, image = self.header, self.image
+        if Incompatible.CORRUPT in header.incompatible:
+            raise BlockError(f"{self.image_name}: the image is marked as corrupt: repair it, or open it read-only")
+        if Incompatible.DIRTY in header.incompatible:
+            raise BlockError(
+                f"{self.image_name}: the image was not closed properly and needs a repair before it is written to"
+            )
+        await image.begin_writing()
+        lazy = self.options.lazy_refcounts
+        if lazy and header.version < 3:
+            raise OptionError(f"{self.image_name}: lazy-refcounts needs an image of compat 1.1 or newer")
+        image.lazy = header.lazy_refcounts if lazy is None else lazy
+        passed = self.options.pass_discard_request
+        image.discard_freed = self.node.options.discard in ("unmap", "on") if passed is None else passed
+
+    def _cache_sizes(self) -> tuple[int, int]:
+        """(L2, refcount) bytes of tables that may be kept."""
+        options, cluster = self.options, self.header.cluster_size
+        l2, counts, both = options.l2_cache_size, options.refcount_cache_size, options.cache_size
+        if both is not None and l2 is not None and counts is not None:
+            raise OptionError("cache-size, l2-cache-size and refcount-cache-size can't all be given")
+        if both is not None:
+            for name, part in (("l2-cache-size", l2), ("refcount-cache-size", counts)):
+                if part is not None and part > both:
+                    raise OptionError(f"{name} is {part}, more than cache-size ({both})")
+            if l2 is None and counts is None:
+                l2 = max(both - REFCOUNT_CACHE_TABLES * cluster, both // 2)
+            l2 = both - counts if l2 is None and counts is not None else l2
+            counts = both - l2 if counts is None and l2 is not None else counts
+        return (
+            MAX_L2_CACHE_BYTES if l2 is None else l2,
+            REFCOUNT_CACHE_TABLES * cluster if counts is None else counts,
+        )
+
+    async def close(self) -> None:
+        if not self.node.read_only and self.image.fence is None:
+            await self.image.close()
+
+    async def flush_to_os(self) -> None:
+        await self.image.commit()
+
+    # --- reading -------------------------------------------------------------------------------------------
+
+    def locate(self, offset: int, length: int) -> Location | None:
+        end = offset + length
+        if end > self.size:
+            end = self.size
+        if offset >= end:
+            return None
+        found = self.map.lookup(offset, end)
+        if found is None:
+            return None
+        if found.kind == DATA:
+            return self.guest_file.locate(found.host, found.stop - offset)
+        if found.kind == NOWHERE and (backing := self.node.children.get("backing")) is not None:
+            inside = min(found.stop, backing.size) - offset
+            return backing.locate(offset, inside) if inside > 0 else None
+        return None
+
+    async def read(self, offset: int, into: memoryview, flags: int) -> None:
+        start, end = offset, offset + len(into)
+        while start < end:
+            epoch = self.image.begin_read()
+            try:
+                piece = await self.map.piece(start, end)
+                await self.read_piece(start, piece, into[start - offset : piece.stop - offset])
+            finally:
+                self.image.end_read(epoch)
+            start = piece.stop
+
+    async def read_piece(self, offset: int, piece: Piece, into: memoryview) -> None:
+        """Read bytes of the disk that are all alike."""
+        if piece.kind == DATA:
+            self.file.node.driver.debug_event("read_aio")
+            await self.guest_file.read(piece.host, into, 0)
+        elif piece.kind == NOWHERE:
+            await self.read_below(offset, into)
+        elif piece.kind == PACKED:
+            await self._read_packed(offset, piece.host, into)
+        else:
+            into[:] = bytes(len(into))
+
+    async def read_below(self, offset: int, into: memoryview) -> None:
+        """Read what lies under this image."""
+        backing = self.node.children.get("backing")
+        inside = min(max(backing.size - offset, 0), len(into)) if backing is not None else 0
+        if inside and backing is not None:
+            self.file.node.driver.debug_event("read_backing_aio")
+            await backing.read(offset, into[:inside], 0)
+        if inside < len(into):
+            into[inside:] = bytes(len(into) - inside)
+
+    async def _read_packed(self, offset: int, descriptor: int, into: memoryview) -> None:
+        within = offset & (self.map.cluster - 1)
+        cluster = self._unpacked.get(descriptor)
+        if cluster is None:
+            cluster = await self._unpack(descriptor)
+            while len(self._unpacked) >= UNPACKED_CLUSTERS:
+                del self._unpacked[next(iter(self._unpacked))]
+            self._unpacked[descriptor] = cluster
+        into[:] = memoryview(cluster)[within : within + len(into)]
+
+    async def _unpack(self, descriptor: int) -> bytes:
+        host, length = self.map.compressed_place(descriptor)
+        length = min(length, self.file.size - host)
+        if length <= 0:
+            raise await self.image.corrupted("compressed data lie here, behind the end of the file", host)
+        self.file.node.driver.debug_event("read_compressed")
+        data = await self.image.read_bytes(host, length)
+        try:
+            unpack = compression.decompressor(self.header.compression_type)
+            return await asyncio.get_running_loop().run_in_executor(None, unpack, memoryview(data), self.map.cluster)
+        except compression.CompressionError as problem:
+            raise await self.image.corrupted(f"compressed data can't be decompressed: {problem}", host) from None
+
+    def forget_unpacked(self) -> None:
+        """Compressed clusters were given up; what comes to lie there may have the same descriptor."""
+        self._unpacked.clear()
+
+    async def cache(self, offset: int, length: int) -> None:
+        end = offset + length
+        while offset < end:
+            piece = await self.map.piece(offset, end)
+            if piece.kind == DATA:
+                await self.guest_file.cache(piece.host, piece.stop - offset)
+            elif piece.kind == NOWHERE and "backing" in self.node.children:
+                await self.child("backing").cache(offset, piece.stop - offset)
+            offset = piece.stop
+
+    async def block_status(self, offset: int, length: int) -> Sequence[Extent]:
+        found: list[Extent] = []
+        end = offset + length
+        while offset < end and len(found) < MAX_STATUS_RUNS:
+            piece = await self.map.piece(offset, end)
+            run = piece.stop - offset
+            if piece.kind == DATA:
+                status = Status.DATA | Status.ALLOCATED | Status.RECURSE
+                found.append(Extent(run, status, self.guest_file.node, piece.host))
+            elif piece.kind == PACKED:
+                found.append(Extent(run, Status.DATA | Status.ALLOCATED))
+            else:
+                found.append(Extent(run, Status.ZERO | Status.ALLOCATED if piece.kind == ZEROES else Status.NONE))
+            offset = piece.stop
+        return found
+
+    # --- writing -------------------------------------------------------------------------------------------
+
+    async def write(self, offset: int, data: memoryview, flags: int) -> None:
+        if flags & COMPRESSED:
+            await self.writer.write_compressed(offset, data)
+        else:
+            await self.writer.write(offset, data)
+
+    def write_now(self, offset: int, data: memoryview) -> bool:
+        return self.writer.write_now(offset, data)
+
+    async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
+        await self.writer.write_zeroes(offset, length, flags)
+
+    async def discard(self, offset: int, length: int) -> None:
+        await self.writer.discard(offset, length)
+
+    # --- size and shape ------------------------------------------------------------------------------------
+
+    def has_zero_init(self) -> bool:
+        return "backing" not in self.node.children
+
+    async def allocated_size(self) -> int | None:
+        own = await self.file.node.allocated_size()
+        if "data-file" not in self.node.children:
+            return own
+        other = await self.child("data-file").node.allocated_size()
+        return None if own is None or other is None else own + other
+
+    def backing_name(self) -> tuple[str, str]:
+        """(file name, format) of the backing file as they stand in the image; "" where it gives none."""
+        return self.header.backing_file or "", self.header.backing_format or ""
+
+    async def info(self) -> ImageInfo:
+        header = self.header
+        specific: dict[str, Any] = {"compat": "1.1" if header.version >= 3 else "0.10"}
+        specific["compression-type"] = header.compression_type.name.lower()
+        if header.version >= 3:
+            specific["lazy-refcounts"] = header.lazy_refcounts
+            specific["refcount-bits"] = header.refcount_bits
+            specific["corrupt"] = Incompatible.CORRUPT in header.incompatible
+            specific["extended-l2"] = header.extended_l2
+        else:
+            specific["refcount-bits"] = header.refcount_bits
+        if header.has_data_file:
+            specific["data-file"] = header.data_file or ""
+            specific["data-file-raw"] = header.data_file_raw
+        return ImageInfo(
+            cluster_size=header.cluster_size,
+            vm_state_offset=header.l1_entries_for(header.size) * self.map.reach,
+            dirty=Incompatible.DIRTY in header.incompatible,
+            encrypted=header.crypt_method != CryptMethod.NONE,
+            specific=specific,
+        )

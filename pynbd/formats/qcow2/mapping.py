@@ -1,0 +1,198 @@
+"""Where the guest's clusters lie: what the L2 entries say (sections "L2 table entry", "Extended L2 Entries")."""
+
+from array import array
+from enum import IntEnum
+from typing import NamedTuple
+
+from pynbd.formats.qcow2.image import Image
+from pynbd.formats.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK, SUBCLUSTERS, ZERO
+from pynbd.formats.qcow2.tables import Table
+
+
+class Kind(IntEnum):
+    """What an image knows of some bytes of the disk."""
+
+    NOWHERE = 0  # nothing: the backing file has them
+    ZERO = 1  # they read as zeroes
+    DATA = 2  # they lie in the file
+    COMPRESSED = 3  # they lie there compressed, a whole cluster
+    INVALID = 4  # the entry breaks the rules
+
+
+NOWHERE, ZEROES, DATA, PACKED, INVALID = Kind.NOWHERE, Kind.ZERO, Kind.DATA, Kind.COMPRESSED, Kind.INVALID
+
+
+class Piece(NamedTuple):
+    """Some bytes that are all alike.
+
+    Args:
+        kind: what they are.
+        stop: where they end.
+        host: of `DATA`, where they lie; of `COMPRESSED`, the descriptor.
+        own: of `DATA`, whether nothing else points to the clusters, so that they may be written in place.
+    """
+
+    kind: int
+    stop: int
+    host: int = 0
+    own: bool = False
+
+
+class ClusterMapping:
+    """The L2 tables of an image, asked for bytes of the disk.
+
+    Args:
+        image: the image.
+    """
+
+    def __init__(self, image: Image) -> None:
+        header = image.header
+        self.image = image
+        self.bits = header.cluster_bits
+        self.cluster = header.cluster_size
+        self.extended = header.extended_l2
+        self.words = header.l2_entry_words
+        self.unit = self.cluster // SUBCLUSTERS if self.extended else self.cluster
+        """What can be allocated by itself: a cluster, or a subcluster."""
+        self.reach = header.l2_entries << self.bits
+        """Bytes of the disk that one L2 table tells of."""
+        self.zero_flag = ZERO if header.version >= 3 and not self.extended else 0
+        # In another file the first cluster may be the guest's as well: there a place is known by the flag.
+        self.host_mask = OFFSET_MASK | COPIED if header.has_data_file else OFFSET_MASK
+
+    def lookup(self, offset: int, end: int) -> Piece | None:
+        """What the bytes from `offset` on are, as far as they are alike, and at most up to `end`.
+
+        Returns:
+            None if the L2 table is not at hand: `load` it, and ask again.
+        """
+        image = self.image
+        l1_index = offset // self.reach
+        base = l1_index * self.reach
+        end = min(end, base + self.reach)
+        if l1_index >= len(image.l1):
+            return Piece(INVALID, end)
+        table = image.l2.get(l1_index)
+        if table is None:
+            return None if image.l1[l1_index] & OFFSET_MASK else Piece(NOWHERE, end)
+        if self.extended:
+            return self._lookup_units(table, base, offset, end)
+        words = table.words
+        index = (offset - base) >> self.bits
+        last = ((end - 1 - base) >> self.bits) + 1
+        entry = words[index]
+        kind = self.kind(entry)
+        following = index + 1
+        if kind == DATA:
+            expected, step = entry + self.cluster, self.cluster
+            while following < last and words[following] == expected:
+                following += 1
+                expected += step
+            stop = min(end, base + (following << self.bits))
+            return Piece(DATA, stop, (entry & OFFSET_MASK) + (offset & (self.cluster - 1)), bool(entry & COPIED))
+        if kind in (PACKED, INVALID):
+            return Piece(kind, min(end, base + (following << self.bits)), entry)
+        while following < last and (words[following] == entry or self.kind(words[following]) == kind):
+            following += 1
+        return Piece(kind, min(end, base + (following << self.bits)))
+
+    def kind(self, entry: int) -> int:
+        """What an L2 entry says, if it is not extended."""
+        if entry & COMPRESSED:
+            return PACKED
+        if entry & OFFSET_MASK & (self.cluster - 1):
+            return INVALID
+        if entry & self.zero_flag:
+            return ZEROES
+        return DATA if entry & self.host_mask else NOWHERE
+
+    # --- extended entries ----------------------------------------------------------------------------------
+
+    def unit_kind(self, entry: int, bitmap: int, number: int) -> int:
+        """What an extended L2 entry says of one subcluster."""
+        if entry & COMPRESSED:
+            return PACKED
+        allocated, zero = bitmap >> number & 1, bitmap >> (SUBCLUSTERS + number) & 1
+        if entry & OFFSET_MASK & (self.cluster - 1) or (allocated and (zero or not entry & self.host_mask)):
+            return INVALID
+        return DATA if allocated else ZEROES if zero else NOWHERE
+
+    def _lookup_units(self, table: Table, base: int, offset: int, end: int) -> Piece:
+        words, unit = table.words, self.unit
+        index, number = (offset - base) >> self.bits, (offset & (self.cluster - 1)) // unit
+        entry, bitmap = words[2 * index], words[2 * index + 1]
+        kind = self.unit_kind(entry, bitmap, number)
+        stop = offset - offset % unit + unit
+        if kind == PACKED:
+            return Piece(kind, min(end, base + (index + 1 << self.bits)), entry)
+        host, own = (entry & OFFSET_MASK) + (offset & (self.cluster - 1)), bool(entry & COPIED)
+        expected = entry
+        while stop < end:
+            number += 1
+            if number == SUBCLUSTERS:
+                number, index, expected = 0, index + 1, expected + self.cluster
+                entry, bitmap = words[2 * index], words[2 * index + 1]
+                if kind == DATA and entry != expected:
+                    break
+            if self.unit_kind(entry, bitmap, number) != kind:
+                break
+            stop += unit
+        return Piece(kind, min(stop, end), host, own) if kind == DATA else Piece(kind, min(stop, end), entry)
+
+    # --- entries -------------------------------------------------------------------------------------------
+
+    async def load(self, offset: int) -> Table | None:
+        """See to it that the L2 table for a byte of the disk is at hand; None if there is none."""
+        l1_index = offset // self.reach
+        if l1_index >= len(self.image.l1) or not self.image.l1[l1_index] & OFFSET_MASK:
+            return None
+        return await self.image.l2_table(l1_index)
+
+    async def piece(self, offset: int, end: int) -> Piece:
+        """`lookup`, and the table is loaded if need be."""
+        while (found := self.lookup(offset, end)) is None:
+            await self.load(offset)
+        if found.kind == INVALID:
+            what = f"the L2 entry of the disk's bytes at {offset} is {found.host:#x}, which breaks the format's rules"
+            raise await self.image.corrupted(what)
+        return found
+
+    async def entry(self, offset: int) -> tuple[int, int]:
+        """(entry, bitmap) of the cluster that a byte of the disk is in; the bitmap is 0 if entries are not extended."""
+        table = await self.load(offset)
+        if table is None:
+            return 0, 0
+        index = offset % self.reach >> self.bits
+        if self.extended:
+            return table.words[2 * index], table.words[2 * index + 1]
+        return table.words[index], 0
+
+    async def writable(self, offset: int) -> tuple[Table, int]:
+        """(L2 table, index of the first word) of a cluster, to be changed before the next `await`."""
+        table = await self.image.writable_l2(offset // self.reach)
+        return table, (offset % self.reach >> self.bits) * self.words
+
+    def compressed_place(self, descriptor: int) -> tuple[int, int]:
+        """(offset, bytes) of compressed data, in the file; they may end earlier."""
+        shift = 62 - (self.bits - 8)
+        offset = descriptor & ((1 << shift) - 1)
+        sectors = (descriptor & (COMPRESSED - 1)) >> shift
+        return offset, (sectors + 1) * 512 - (offset & 511)
+
+    def compressed_entry(self, offset: int, length: int) -> int:
+        """The descriptor of compressed data."""
+        shift = 62 - (self.bits - 8)
+        sectors = (offset + length - 1) // 512 - offset // 512
+        return COMPRESSED | sectors << shift | offset
+
+    def put(self, words: "array[int]", at: int, entry: int, bitmap: int) -> bool:
+        """Set an entry; False if it is so already."""
+        if self.extended:
+            if words[at] == entry and words[at + 1] == bitmap:
+                return False
+            words[at], words[at + 1] = entry, bitmap
+            return True
+        if words[at] == entry:
+            return False
+        words[at] = entry
+        return True

@@ -1,0 +1,154 @@
+"""`qcow2`: what pynbd writes, QEMU reads, and finds sound; and the other way round."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pynbd.block.errors import BlockError
+from pynbd.block.extents import Status
+from pynbd.block.graph import Graph
+from tests.formats.qcow2.workload import OPTIONS, Workload, is_sound, made, read_by_qemu
+from tests.peers import require_tool, run
+from tests.restless import RESTLESS, restless
+
+SIZE = (1 << 20) + 1536
+
+
+@pytest.fixture
+async def graph() -> AsyncIterator[Graph]:
+    graph = Graph()
+    yield graph
+    await graph.close_all()
+
+
+def in_file(path: Path, **options: Any) -> dict[str, Any]:
+    return {"driver": "qcow2", "file": {"driver": "file", "filename": str(path)}, **options}
+
+
+def backing_file(tmp_path: Path, size: int) -> tuple[Path, bytes]:
+    data = random.Random(size).randbytes(size // 512 * 512)
+    path = tmp_path / "base.raw"
+    path.write_bytes(data)
+    return path, data
+
+
+# qemu-img makes no preallocated image over a backing file.
+@pytest.mark.parametrize(
+    ("options", "backed"),
+    [*((options, False) for options in OPTIONS), *((o, True) for o in OPTIONS if "preallocation" not in o)],
+)
+async def test_what_is_written_is_read_by_qemu(graph: Graph, tmp_path: Path, options: str, backed: bool) -> None:
+    size = 8 << 20 if "2M" in options else SIZE
+    base, below = backing_file(tmp_path, size // 2 + 777) if backed else (None, b"")
+    path = made(tmp_path, options, size, base)
+    work = await Workload.opened(graph, in_file(path), below[:size].ljust(size, b"\0"), seed=len(options))
+    for _ in range(100):
+        await work.round(4)
+    await work.check()
+    await work.close()
+    assert is_sound(path)
+    assert read_by_qemu(path) == work.model
+    again = await Workload.opened(graph, in_file(path), work.model, seed=1)
+    await again.check()
+    await again.close()
+
+
+@pytest.mark.parametrize("raw", [False, True])
+async def test_a_data_file_holds_the_bytes(graph: Graph, tmp_path: Path, raw: bool) -> None:
+    data_file = tmp_path / "data.raw"
+    path = made(tmp_path, f"data_file={data_file},data_file_raw={'on' if raw else 'off'}", SIZE)
+    work = await Workload.opened(graph, in_file(path), bytes(SIZE), seed=3)
+    for _ in range(100):
+        await work.round(4)
+    await work.close()
+    assert is_sound(path)
+    assert read_by_qemu(path) == work.model
+    if raw:
+        assert data_file.read_bytes()[:SIZE].ljust(SIZE, b"\0") == work.model
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+async def test_requests_that_wait_for_each_other(graph: Graph, tmp_path: Path, options: str) -> None:
+    """The same over storage that lets others run in the middle of everything, with a cache that is too small."""
+    size = 8 << 20 if "2M" in options else SIZE
+    path = made(tmp_path, options, size)
+    storage = await graph.open({"driver": RESTLESS, "size": 0, "seed": 5, "suspends": 0.5, "node-name": "storage"})
+    restless(storage).data[:] = path.read_bytes()
+    tiny = {"l2-cache-size": "1k", "refcount-cache-size": "1k"}
+    work = await Workload.opened(graph, {"driver": "qcow2", "file": "storage", **tiny}, bytes(size), seed=7)
+    for _ in range(60):
+        await work.round(12)
+    await work.check()
+    await work.close()
+    path.write_bytes(restless(storage).data)
+    assert is_sound(path)
+    assert read_by_qemu(path) == work.model
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+async def test_failures_of_the_storage_leave_the_image_sound(graph: Graph, tmp_path: Path, options: str) -> None:
+    """Requests fail now and then; what they did not touch is as before, and the image is without corruption."""
+    size = 8 << 20 if "2M" in options else SIZE
+    path = made(tmp_path, options, size)
+    storage = await graph.open({"driver": RESTLESS, "size": 0, "seed": 6, "suspends": 0.3, "node-name": "storage"})
+    below = restless(storage)
+    below.data[:] = path.read_bytes()
+    work = await Workload.opened(graph, {"driver": "qcow2", "file": "storage"}, bytes(size), seed=8)
+    cluster = work.driver.header.cluster_size
+    for _ in range(150):
+        at = work.random.randrange(size - cluster)
+        length = work.random.randrange(1, min(3 * cluster, size - at))
+        below.fails = 0.15
+        try:
+            await work.request(at, length)
+        except OSError:
+            below.fails = 0.0
+            found = await work.read(at, length)
+            work.model[at : at + length] = found
+    below.fails = 0.0
+    await work.check()
+    await work.close()
+    path.write_bytes(below.data)
+    assert is_sound(path, leaks=True)
+    assert read_by_qemu(path) == work.model
+
+
+async def test_images_of_qemu_are_read(graph: Graph, tmp_path: Path) -> None:
+    """A chain of three with compressed, zero and partly written clusters, opened by the names in the images."""
+    base, below = backing_file(tmp_path, 700_000)
+    middle = made(tmp_path, "compression_type=zstd", SIZE, base)
+    top = made(tmp_path, "extended_l2=on", SIZE, middle)
+    qemu_io = require_tool("qemu-io")
+    run(qemu_io, "-c", "write -c -P 7 128k 64k", "-c", "write -z 256k 100k", "-c", "write -P 9 700k 3k", middle)
+    run(qemu_io, "-c", "write -P 3 65k 3k", "-c", "write -z 512k 8k", "-c", "discard 576k 64k", top)
+    node = await graph.open({"driver": "qcow2", "file": {"driver": "file", "filename": str(top)}, "read-only": "on"})
+    found = bytearray(node.size)
+    await node.path.read(0, memoryview(found), 0)
+    assert found == read_by_qemu(top)
+    assert below[:1000] == found[:1000]
+    status = await node.block_status(0, SIZE)
+    assert status[0].depth == 3
+    assert status[0].status == Status.DATA | Status.ALLOCATED
+
+
+async def test_chains_that_come_back_to_themselves_are_refused(graph: Graph, tmp_path: Path) -> None:
+    first, second = made(tmp_path), made(tmp_path)
+    for path, name in ((first, second), (second, first)):
+        run(require_tool("qemu-img"), "rebase", "-u", "-b", name, "-F", "qcow2", path)
+    with pytest.raises(BlockError, match="comes back to it"):
+        await graph.open(str(first), read_only=True)
+    assert graph.nodes == {}
+
+
+async def test_code_is_never_run_because_an_image_says_so(graph: Graph, tmp_path: Path) -> None:
+    path = made(tmp_path)
+    run(require_tool("qemu-img"), "rebase", "-u", "-b", 'json:{"driver": "./evil.py"}', "-F", "qcow2", path)
+    with pytest.raises(BlockError, match="can't be named inside an image"):
+        await graph.open({"driver": "qcow2", "file": {"driver": "file", "filename": str(path)}})
+    node = await graph.open(in_file(path, backing=None))
+    assert set(node.children) == {"file"}
