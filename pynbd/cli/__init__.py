@@ -16,12 +16,14 @@ class Verb(NamedTuple):
     """A verb of the command line.
 
     Args:
-        module: has `add_arguments(parser)` and `run(arguments) -> int`.
+        module: has `add_arguments(parser)` and `run(arguments) -> int`; or `main(words) -> int`, see `has_verbs`.
         summary: one line for `pynbd --help`.
+        has_verbs: whether it has verbs of its own, and looks at everything that follows its name itself.
     """
 
     module: str
     summary: str
+    has_verbs: bool = False
 
 
 VERBS = {
@@ -29,6 +31,7 @@ VERBS = {
     "info": Verb("pynbd.cli.info", "tell what a server offers under a URI"),
     "list": Verb("pynbd.cli.list_exports", "list the exports of a server"),
     "copy": Verb("pynbd.cli.copy", "copy a disk, from anything to anything"),
+    "img": Verb("pynbd.cli.img", "make, convert and repair disk images, as qemu-img does", has_verbs=True),
     "drivers": Verb("pynbd.cli.drivers", "list the drivers and their options"),
 }
 
@@ -46,11 +49,14 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, and refuse what is left over here, where the verb's options are known."""
         parsed, rest = super().parse_known_args(args, namespace)
-        for word in rest:
+        options, words = rest, []
+        if "--" in rest and self.more_words_for:
+            options, words = rest[: rest.index("--")], rest[rest.index("--") + 1 :]
+        for word in options:
             if word.startswith("-") or not self.more_words_for:
                 self.refuse(word)
         if rest:
-            setattr(parsed, self.more_words_for, [*getattr(parsed, self.more_words_for), *rest])
+            setattr(parsed, self.more_words_for, [*getattr(parsed, self.more_words_for), *options, *words])
         return parsed, []
 
     def refuse(self, word: str) -> NoReturn:
@@ -82,7 +88,7 @@ def make_parser(verb: str | None) -> argparse.ArgumentParser:
             add_help=name == verb,
             allow_abbrev=False,
         )
-        if name == verb:
+        if name == verb and not entry.has_verbs:
             importlib.import_module(entry.module).add_arguments(below)
     return parser
 
@@ -97,13 +103,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, or 1 after an error that was told on stderr (argparse exits by itself, with 1 as well).
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    verb = next((word for word in given if not word.startswith("-")), None)
-    parsed = make_parser(verb if verb in VERBS else None).parse_args(given)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # File names are bytes, and what is printed of them is to be pasted: they go out as they came in.
         sys.stdout.reconfigure(errors="surrogateescape")
     try:
-        status: int = importlib.import_module(VERBS[parsed.verb].module).run(parsed)
+        status = _run(given)
         if sys.stdout is not None:
             sys.stdout.flush()
     except KeyboardInterrupt:
@@ -112,4 +116,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read our output has seen enough; the interpreter must not try to flush the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    return status
+
+
+def _run(given: list[str]) -> int:
+    verb = next((word for word in given if not word.startswith("-")), None)
+    status: int
+    if given and given[0] in VERBS and VERBS[given[0]].has_verbs:
+        status = importlib.import_module(VERBS[given[0]].module).main(given[1:])
+    else:
+        parsed = make_parser(verb if verb in VERBS else None).parse_args(given)
+        status = importlib.import_module(VERBS[parsed.verb].module).run(parsed)
     return status

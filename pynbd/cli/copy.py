@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pynbd.cli.objects import add_object_argument, make_objects
+from pynbd.cli.progress import bar
 
 if TYPE_CHECKING:
     from pynbd.block.backend import BlockBackend
@@ -37,9 +38,6 @@ MIN_REQUEST_BYTES = 4096
 
 MAX_BUFFER_BYTES = 1 << 30
 """Buffers of all requests together."""
-
-REFRESH_S = 0.1
-"""Between two drawings of the progress bar."""
 
 NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 """What file systems say that know of no second name for a file."""
@@ -254,46 +252,13 @@ async def _copy(
             allocated=arguments.allocated,
             target_is_zero=is_zero,
         )
-        with interruption.stops(copier), _progress(copier, source.size, wanted=arguments.progress):
+        shown = arguments.progress and sys.stderr.isatty()
+        drawn = bar(source.size, lambda: copier.done_bytes) if shown else contextlib.nullcontext()
+        with interruption.stops(copier), drawn:
             await copier.run()
             if copier.stopped:
                 raise BlockError(f"interrupted; {name} holds a part of {arguments.source}")
             await target.flush()
-
-
-@contextlib.contextmanager
-def _progress(copier: Copier, size: int, *, wanted: bool) -> Iterator[None]:
-    """A bar that is drawn while the block runs, if stderr is a terminal."""
-    if not wanted or not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TaskProgressColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (TaskProgressColumn(), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
-    loop = asyncio.get_running_loop()
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), auto_refresh=False) as bar:
-        task = bar.add_task("copy", total=size)
-        timer: asyncio.TimerHandle
-
-        def draw() -> None:
-            nonlocal timer
-            bar.update(task, completed=copier.done_bytes, refresh=True)
-            timer = loop.call_later(REFRESH_S, draw)
-
-        draw()
-        try:
-            yield
-        finally:
-            timer.cancel()
-            bar.update(task, completed=copier.done_bytes, refresh=True)
 
 
 class Interruption:

@@ -30,12 +30,13 @@ def unexpected(problem: Exception) -> str:
     return f"{type(problem).__name__}: {told(problem)}{where}"
 
 
-def complete(verb: str, work: Coroutine[Any, Any, int]) -> int:
+def complete(verb: str, work: Coroutine[Any, Any, int], *, failed: int = 1) -> int:
     """Run a command's coroutine to its end and give the exit status; a failure is told on stderr.
 
     Args:
         verb: the command's name: `info`.
         work: what it does; its result is the exit status.
+        failed: the exit status after a failure.
     """
     from pynbd.block.errors import BlockError
 
@@ -49,6 +50,6 @@ def complete(verb: str, work: Coroutine[Any, Any, int]) -> int:
         return 1
     except (OSError, BlockError) as problem:
         print(f"pynbd {verb}: {told(problem)}", file=sys.stderr)
-        return 1
+        return failed
     except (KeyboardInterrupt, asyncio.CancelledError):
         return INTERRUPTED

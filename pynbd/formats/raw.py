@@ -10,13 +10,19 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from pynbd.block import errors
-from pynbd.block.driver import ChildSpec, Driver, Filter, ImageInfo, Location, Preallocation
+from pynbd.block.alignment import round_up
+from pynbd.block.backend import BlockBackend
+from pynbd.block.driver import ChildSpec, CreationOptions, Driver, Filter, ImageInfo, Location, Preallocation
 from pynbd.block.extents import Extent
+from pynbd.block.families import Measurement
 from pynbd.block.options import MAX_SIZE_BYTES, NodeOptions, Size
 from pynbd.block.permissions import ChildRole, Permission
 from pynbd.block.requests import RequestFlag
 
 FUA = int(RequestFlag.FUA)
+
+SECTOR_BYTES = 512
+"""New disks end with a whole sector, as QEMU's do."""
 
 
 class RawOptions(NodeOptions, frozen=True, kw_only=True):
@@ -37,6 +43,7 @@ class Raw(Driver):
     name = "raw"
     is_format = True
     Options = RawOptions
+    CreateOptions = CreationOptions
     children: ClassVar[Mapping[str, ChildSpec]] = {"file": ChildSpec(ChildRole.DATA)}
     growable = True
     # The node below answers a FUA write only when it is durable, by whatever means it has.
@@ -141,3 +148,25 @@ class Raw(Driver):
 
     async def info(self) -> ImageInfo:
         return await self.file.node.info()
+
+    # --- new images ----------------------------------------------------------------------------------------
+
+    @classmethod
+    async def create_image(
+        cls, file: BlockBackend, options: CreationOptions, *, data_file: BlockBackend | None = None
+    ) -> None:
+        size = round_up(options.size, SECTOR_BYTES)
+        try:
+            await file.truncate(size, options.preallocation, exact=False)
+        except OSError as problem:
+            # What can't be resized (a device, a server's export) will do if it is large enough.
+            if problem.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP) or file.size < size:
+                raise
+            if options.preallocation is not Preallocation.OFF:
+                raise
+
+    @classmethod
+    async def measure(cls, options: CreationOptions, source: BlockBackend | None) -> Measurement:
+        """The size of a file that holds these bytes as they are; see `Measurable`."""
+        size = round_up(options.size if source is None else source.size, SECTOR_BYTES)
+        return Measurement(required=size, fully_allocated=size)

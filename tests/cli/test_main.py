@@ -17,7 +17,10 @@ from tests.peers import ROOT
 HEAVY = ("asyncio", "construct", "logging", "msgspec", "nbd_protocol", "pynbd.block", "rich", "tempfile")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["serve", "--help"], ["info", "--help"], []])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["serve", "--help"], ["info", "--help"], ["img", "--help"], ["img", "map", "-h"], []],
+)
 def test_help_imports_nothing_that_is_slow(arguments: list[str]) -> None:
     program = (
         "import sys\nfrom pynbd.cli import main\n"

@@ -1,0 +1,143 @@
+"""New images: what is asked for, checked before anything is made, and the making."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from pynbd.block import options as opt
+from pynbd.block import registry
+from pynbd.block.backend import BlockBackend
+from pynbd.block.driver import CreationOptions, Driver, Preallocation
+from pynbd.block.errors import BlockError, OptionError
+from pynbd.block.graph import Graph
+from pynbd.block.permissions import Permission
+from pynbd.cli.img.images import whole_sectors
+
+
+class NewImage(NamedTuple):
+    """An image that is to be made.
+
+    Args:
+        kind: its format.
+        filename: as it was given.
+        storage: the tree of the storage that it will lie in.
+        options: checked.
+        given: the same as they were written, and what was added to them.
+    """
+
+    kind: type[Driver]
+    filename: str
+    storage: dict[str, Any]
+    options: CreationOptions
+    given: Mapping[str, Any]
+
+
+def format_class(name: str) -> type[Driver]:
+    """The driver of a format that new images can be made in.
+
+    Raises:
+        OptionError: there is none, or it can't make images.
+    """
+    kind = registry.driver_class(name)
+    if not kind.is_format:
+        raise OptionError(f"{name!r} is no image format")
+    if kind.CreateOptions is None:
+        raise OptionError(f"format {name!r} can't make new images")
+    return kind
+
+
+def takes(kind: type[Driver], option: str) -> bool:
+    """Whether new images of a format take an option."""
+    fields = msgspec.structs.fields(kind.CreateOptions) if kind.CreateOptions is not None else ()
+    return any(field.encode_name == option for field in fields)
+
+
+def plan(graph: Graph, filename: str, format: str, given: Mapping[str, Any]) -> NewImage:
+    """Check what is asked for.
+
+    Args:
+        graph: where it will be opened.
+        filename: where it will lie; a name or a URI.
+        format: the format's name.
+        given: options of the new image, `size` among them.
+
+    Raises:
+        OptionError: it can't be made so.
+    """
+    kind = format_class(format)
+    for option, what in (("backing_file", "a backing file"), ("backing_fmt", "the format of a backing file")):
+        if option in given and not takes(kind, option):
+            raise OptionError(f"format {format!r} has no place for {what}")
+    assert kind.CreateOptions is not None
+    options = opt.convert(given, kind.CreateOptions, driver=format)
+    return NewImage(kind, filename, graph.storage_tree(filename), options, given)
+
+
+async def make(graph: Graph, new: NewImage) -> None:
+    """Make an image.
+
+    Raises:
+        OSError, BlockError: it can't be made. A file that was not there before is removed again.
+    """
+    async with contextlib.AsyncExitStack() as made:
+        file = await made.enter_async_context(_new_storage(graph, new.storage))
+        name = getattr(new.options, "data_file", None)
+        data_file = None
+        if name:
+            data_file = await made.enter_async_context(_new_storage(graph, graph.storage_tree(name)))
+        await new.kind.create_image(file, new.options, data_file=data_file)
+
+
+@contextlib.asynccontextmanager
+async def _new_storage(graph: Graph, tree: dict[str, Any]) -> AsyncIterator[BlockBackend]:
+    """A user of new, empty storage; it is removed again if it was made here and the block fails."""
+    kind = registry.driver_class(str(tree["driver"]))
+    filename = tree.get("filename")
+    is_new = isinstance(filename, str) and not os.path.lexists(filename)  # noqa: ASYNC240  # nothing else runs yet
+    options = {key: value for key, value in tree.items() if key != "driver"}
+    if kind.create.__func__ is not Driver.create.__func__:  # type: ignore[attr-defined]  # bound class methods
+        await kind.create(opt.convert(options, kind.Options, driver=kind.name), 0, Preallocation.OFF)
+    try:
+        node = await graph.open(tree, read_only=False, discard="unmap")
+        try:
+            backend = BlockBackend(f"new image {filename or kind.name}")
+            held = Permission.CONSISTENT_READ | Permission.WRITE | Permission.RESIZE
+            graph.attach(backend, node, held, Permission.CONSISTENT_READ)
+            try:
+                yield backend
+            finally:
+                graph.detach(backend)
+        finally:
+            await graph.close(node)
+    except BaseException:
+        if is_new:
+            Path(str(filename)).unlink(missing_ok=True)  # noqa: ASYNC240  # nothing else runs any more
+        raise
+
+
+async def backing_size(graph: Graph, image: str, backing: str, format: str) -> int:
+    """The length of the disk in a backing file, in bytes.
+
+    Args:
+        graph: where it is opened.
+        image: the file name of the image over it, from which a relative name starts.
+        backing: the name of the backing file.
+        format: its format.
+
+    Raises:
+        OSError, BlockError: it can't be opened.
+    """
+    from pynbd.cli.img.images import describe, named_from, open_node
+
+    name = named_from(image, backing)
+    try:
+        async with open_node(graph, describe(graph, name, format, image_opts=False), force_share=True) as node:
+            return whole_sectors(node.size)
+    except (OSError, BlockError) as problem:
+        raise BlockError(f"the backing file can't be opened: {problem}") from problem

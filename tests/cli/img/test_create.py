@@ -1,0 +1,95 @@
+"""`pynbd img create` beside qemu-img's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests import peers
+from tests.cli.img.side_by_side import failure, img, ok, qemu_img, same
+
+KEY = ("--object", "secret,id=s,data=abc")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("new.raw", "10M"),
+        ("-f", "raw", "new.raw", "1.5G"),
+        ("new.raw", "1000"),
+        ("new.raw", "0x1000"),
+        ("new.raw", "10b"),
+        ("new.raw", "0"),
+        ("-q", "new.raw", "1M"),
+        ("-o", "size=5M", "new.raw"),
+        ("-o", "size=5M", "-o", "preallocation=off", "new.raw"),
+        ("-o", "size=1M,size=2M", "new.raw"),
+        ("-o", "preallocation=falloc", "new.raw", "1M"),
+        ("-o", "preallocation=full", "new.raw", "1M"),
+        ("new, with a comma.raw", "1k"),
+        ("new.raw",),
+        ("-o", "size=5M", "new.raw", "3M"),
+        ("-o", "nonsense=1", "new.raw", "1M"),
+        ("-f", "nonsense", "new.raw", "1M"),
+        ("-b", "other.raw", "-F", "raw", "new.raw", "1M"),
+        ("new.raw", "-1"),
+        ("new.raw", "1X"),
+        ("new.raw", "1k5"),
+        ("new.raw", "8E"),
+        ("new.raw", "10", "20"),
+        ("missing/new.raw", "1M"),
+        (),
+    ],
+)
+def test_raw(words: tuple[str, ...], folder: Path) -> None:
+    """The same is said, and the same file is made, or none."""
+    theirs = qemu_img("create", *words)
+    files = _files(folder)
+    for path in folder.iterdir():
+        path.unlink()
+    ours = img("create", *words)
+    assert (ours.status, ours.out) == (theirs.status, theirs.out), (ours, theirs)
+    assert _files(folder) == files
+
+
+def _files(folder: Path) -> dict[str, tuple[int, int]]:
+    """The length of each file and what it takes on the disk, in pieces of 64 KiB: QEMU always takes a first block."""
+    return {path.name: (path.stat().st_size, path.stat().st_blocks >> 7) for path in folder.iterdir()}
+
+
+def test_a_file_that_is_there_is_overwritten(disk: Path) -> None:
+    ok("create", disk, "1M")
+    assert disk.read_bytes() == bytes(1 << 20)
+
+
+def test_luks(folder: Path) -> None:
+    """Options of a format, and an object that they refer to; qemu-img opens what was made."""
+    options = "key-secret=s,iter-time=10,cipher-alg=aes-128"
+    theirs = qemu_img("create", *KEY, "-f", "luks", "-o", options, "a.luks", "1M")
+    Path("a.luks").unlink()
+    assert ok("create", *KEY, "-f", "luks", "-o", options, "a.luks", "1M") == theirs.out
+    compared = qemu_img(
+        *("compare", *KEY, "--image-opts", "driver=luks,key-secret=s,file.filename=a.luks"),
+        *("driver=luks,key-secret=s,file.filename=a.luks",),
+    )
+    assert compared.status == 0, compared
+
+
+def test_nothing_half_made_is_left(folder: Path) -> None:
+    """A secret is found to be missing only when the file is there already."""
+    assert "secret" in failure("create", "-q", "-f", "luks", "-o", "key-secret=nobody", "a.luks", "1M")
+    assert list(folder.iterdir()) == []
+
+
+def test_into_what_can_not_be_resized(disk: Path) -> None:
+    """A server's export that is large enough will do."""
+    with peers.qemu_nbd(disk) as server:
+        ok("create", "-q", server.uri(), "1M")
+        assert img("create", "-q", server.uri(), "1G").status == 1
+
+
+def test_help() -> None:
+    assert "  size=<size> " in ok("create", "-f", "raw", "-o", "help")
+    assert "  key-secret=<str> " in ok("create", "-f", "luks", "-o", "size=1M,help")
+    assert same("create", "-f", "nonsense", "-o", "help") == ""

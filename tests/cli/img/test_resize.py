@@ -1,0 +1,63 @@
+"""`pynbd img resize` beside qemu-img's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.img.side_by_side import img, ok, qemu_img, same
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("disk.raw", "20M"),
+        ("disk.raw", "+1M"),
+        ("disk.raw", "-2M"),
+        ("--shrink", "disk.raw", "-2M"),
+        ("disk.raw", "--shrink", "-2M"),
+        ("--shrink", "disk.raw", "1234"),
+        ("-q", "disk.raw", "20M"),
+        ("disk.raw", "1M"),
+        ("--preallocation=falloc", "disk.raw", "+1M"),
+        ("disk.raw", "--preallocation=full", "+1M"),
+        ("--preallocation=metadata", "disk.raw", "+1M"),
+        ("--preallocation=nonsense", "disk.raw", "+1M"),
+        ("--preallocation=full", "--shrink", "disk.raw", "100"),
+        ("disk.raw", "-100M"),
+        ("disk.raw", "0"),
+        ("disk.raw", "+0"),
+        ("disk.raw", "nonsense"),
+        ("1M", "disk.raw"),
+        ("disk.raw",),
+        ("missing.raw", "1M"),
+        (),
+    ],
+)
+def test_raw(words: tuple[str, ...], disk: Path) -> None:
+    """What is said, the exit status, and what is left in the file."""
+    content = disk.read_bytes()
+    theirs = qemu_img("resize", "-f", "raw", *words)
+    expected, blocks = disk.read_bytes(), disk.stat().st_blocks
+    with disk.open("wb") as file:
+        file.truncate(10 * MIB)
+        for offset, length in ((MIB, 196 << 10), (5 * MIB, 64 << 10)):
+            file.seek(offset)
+            file.write(content[offset : offset + length])
+    ours = img("resize", "-f", "raw", *words)
+    assert (ours.status, ours.out) == (theirs.status, theirs.out), (ours, theirs)
+    assert disk.read_bytes() == expected
+    assert disk.stat().st_blocks == blocks
+
+
+def test_relative_to_whole_sectors(odd: Path) -> None:
+    ok("resize", "-f", "raw", odd, "+1k")
+    assert odd.stat().st_size == 2048
+
+
+def test_a_guessed_format_is_warned_of(disk: Path) -> None:
+    same("resize", disk, "20M")
+    assert "-f raw" in img("resize", disk, "30M").err
