@@ -18,7 +18,10 @@ from pynbd.block import options as opt
 from pynbd.block.errors import BlockError, OptionError
 
 KINDS = {
+    "authz-list": "pynbd.server.authz:AuthzList",
+    "authz-simple": "pynbd.server.authz:AuthzSimple",
     "secret": "pynbd.crypto.secrets:Secret",
+    "tls-creds-x509": "pynbd.crypto.tls_credentials:TlsCredsX509",
 }
 """Where each kind of object (QEMU's `qom-type`) is to be found."""
 

@@ -10,6 +10,9 @@ from pynbd.server.config import Config, ExportOptions, parse_address
 from pynbd.server.export import Export
 from pynbd.server.service import EVERY_ADDRESS, Service
 
+CLIENT_FILES = (("cacert", "ca-cert"), ("cert", "client-cert"), ("key", "client-key"))
+"""nbd-client's options for certificates, and QEMU's names of the files."""
+
 
 def greeting(service: Service, config: Config) -> list[str]:
     """The lines for all exports at all addresses."""
@@ -19,7 +22,12 @@ def greeting(service: Service, config: Config) -> list[str]:
         for uri in service.uris:
             lines += paste_lines(uri.with_export(name), read_only=export.read_only)
     if any(parse_address(text).host in EVERY_ADDRESS and "unix:" not in text for text in config.server.listen):
-        lines += [f"It listens on every address of {socket.gethostname()}: whoever reaches one can use these disks."]
+        tls = service.server.tls
+        if tls is None or tls.policy != "required" or not tls.credentials.wants_client_identity:
+            who = "whoever reaches one can use these disks"
+        else:
+            who = "whoever has a certificate that it believes can use these disks"
+        lines += [f"It listens on every address of {socket.gethostname()}: {who}."]
     return lines
 
 
@@ -45,16 +53,37 @@ def chain(node: Node) -> Iterator[Node]:
 
 
 def paste_lines(uri: NbdUri, *, read_only: bool) -> list[str]:
-    """The lines to paste for one export at one address, quoted for a shell."""
+    """The lines to paste for one export at one address, quoted for a shell. DIR is the folder of a client's files."""
     server = ["-unix", uri.socket_path] if uri.is_unix else [uri.host, str(uri.port)]
     client = ["nbd-client", *server, "/dev/nbd0"]
     client += ["-N", uri.export] if uri.export else []
     client += ["-R"] if read_only else []
-    # A comma would end the value: QEMU wants it twice.
-    drive = f"file={str(uri).replace(',', ',,')},format=raw,if=virtio" + (",readonly=on" if read_only else "")
+    drive = f"file={in_option(str(uri))},format=raw"
+    guest, image = ["qemu-system-x86_64"], ["qemu-img", "info"]
+    place = [str(uri)]
+    if uri.is_tls_required:
+        client += [f"-{name}file=DIR/{file}.pem" for name, file in CLIENT_FILES]
+        objects = ["tls-creds-x509,id=tls0,endpoint=client,dir=DIR"]
+        drive = f"driver=nbd,{server_options(uri)},export={in_option(uri.export)},tls-creds=tls0"
+        guest += ["-object", *objects]
+        image += ["--object", *objects]
+        place = ["--image-opts", drive]
+    drive += ",if=virtio" + (",readonly=on" if read_only else "")
     return [
         f"  {uri}",
         f"    Linux     {shlex.join(client)}",
-        f"    QEMU      {shlex.join(['qemu-system-x86_64', '-drive', drive])}",
-        f"    qemu-img  {shlex.join(['qemu-img', 'info', str(uri)])}",
+        f"    QEMU      {shlex.join([*guest, '-drive', drive])}",
+        f"    qemu-img  {shlex.join([*image, *place])}",
     ]
+
+
+def server_options(uri: NbdUri) -> str:
+    """Where a server is, as options of QEMU's driver nbd."""
+    if uri.is_unix:
+        return f"server.type=unix,server.path={in_option(uri.socket_path)}"
+    return f"server.type=inet,server.host={in_option(uri.host)},server.port={uri.port}"
+
+
+def in_option(value: str) -> str:
+    """A value among options: a comma would end it, so QEMU wants it twice."""
+    return value.replace(",", ",,")

@@ -17,7 +17,7 @@ def add_object_argument(parser: argparse.ArgumentParser | argparse._ArgumentGrou
         action="append",
         default=[],
         metavar="KIND,id=ID,…",
-        help="an object that disks refer to: secret,id=ID,file=PATH (repeatable)",
+        help="an object that others refer to: secret,id=ID,file=PATH, tls-creds-x509,id=ID,dir=DIR … (repeatable)",
     )
 
 

@@ -35,7 +35,7 @@ ELSEWHERE = {
     ("-d", "--disconnect"): "`nbd-client -d /dev/nbdX` detaches a device",
     ("-l", "--load-snapshot"): "snapshots inside of images are not there yet",
     ("-P", "--partition"): "give the partition's --offset, or driver=raw,offset=…,size=…,file.filename=…",
-    ("--tls-creds", "--tls-authz", "--tls-hostname", "--tls-certificates"): "TLS is not there yet",
+    ("--tls-hostname",): "it is for clients: `pynbd info --tls-hostname`, and an option of the driver nbd",
     ("-T", "--trace"): "-v and -vv tell more",
     ("--selinux-label",): "start it by `runcon` for an SELinux label",
     ("-V", "--version"): "`pynbd --version` tells the version",
@@ -75,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_object_argument(disks)
     _add_export_arguments(parser.add_argument_group("exports"))
     _add_listen_arguments(parser.add_argument_group("where"))
+    _add_tls_arguments(parser.add_argument_group("TLS"))
     _add_life_arguments(parser.add_argument_group("life"))
     for names, instead in ELSEWHERE.items():
         parser.add_argument(
@@ -163,6 +164,26 @@ def _add_listen_arguments(group: Group) -> None:
         metavar="CLIENTS",
         help="clients at one time; further ones wait (default, and 0: 1024)",
     )
+
+
+def _add_tls_arguments(group: Group) -> None:
+    group.add_argument(
+        "--tls",
+        choices=("off", "allowed", "required"),
+        metavar="MODE",
+        help="required (default, where one of the next two is given), allowed (clients may do without), off",
+    )
+    creds = group.add_mutually_exclusive_group()
+    creds.add_argument("--tls-creds", metavar="ID", help="the --object tls-creds-x509 that says who we are")
+    creds.add_argument(
+        "--tls-certificates", metavar="DIR", help="the folder of ca-cert.pem, server-cert.pem and server-key.pem"
+    )
+    group.add_argument(
+        "--tls-verify-peer",
+        action="store_true",
+        help="with --tls-certificates: clients must have a certificate of that authority",
+    )
+    group.add_argument("--tls-authz", metavar="ID", help="the --object authz-simple or authz-list of who may come in")
 
 
 def _add_life_arguments(group: Group) -> None:

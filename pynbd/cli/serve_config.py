@@ -13,8 +13,8 @@ from nbd_protocol.constants import DEFAULT_PORT
 from pynbd.block import objects, options
 from pynbd.block.errors import OptionError
 from pynbd.server import config as configs
-from pynbd.server.check import check, check_export
-from pynbd.server.config import Config, ExportOptions
+from pynbd.server.check import check, check_export, check_objects, check_tls
+from pynbd.server.config import Config, ExportOptions, ListenOptions
 
 OF_A_DISK = {
     "format": "-f",
@@ -70,7 +70,24 @@ def configuration(arguments: argparse.Namespace, at_end: contextlib.ExitStack) -
         max_clients=arguments.shared or config.server.max_clients,
     )
     made = (*config.objects, *(objects.parse(text) for text in arguments.object))
-    return msgspec.structs.replace(config, server=server, objects=made, exports=exports)
+    config = msgspec.structs.replace(config, server=with_tls(server, arguments), objects=made, exports=exports)
+    check_objects(config)
+    try:
+        check_tls(config)
+    except OptionError as problem:
+        raise OptionError(str(problem).replace("server.tls", "--tls")) from problem
+    return config
+
+
+def with_tls(server: ListenOptions, arguments: argparse.Namespace) -> ListenOptions:
+    """What the arguments say of TLS goes before what the file says: who we are is said as a whole by one of them."""
+    given: dict[str, Any] = {}
+    if arguments.tls_creds or arguments.tls_certificates:
+        given = {"tls_creds": "", "tls_certificates": "", "tls_verify_peer": False, "tls_authz": ""}
+    for name in ("tls", "tls_creds", "tls_certificates", "tls_verify_peer", "tls_authz"):
+        if value := getattr(arguments, name):
+            given[name] = value
+    return msgspec.structs.replace(server, **given)
 
 
 def given_by(option: str) -> str:

@@ -9,7 +9,9 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from pynbd.block.errors import BlockError
 from pynbd.cli.background import daemonize, pid_file, report_ready
@@ -19,6 +21,9 @@ from pynbd.cli.serve_config import configuration
 from pynbd.server.config import Config
 from pynbd.server.loop import serving_loop
 from pynbd.server.service import Service, open_service
+
+if TYPE_CHECKING:
+    from pynbd.crypto.tls_credentials import TlsCredentials
 
 LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
 
@@ -81,12 +86,24 @@ async def serve(
         if arguments.exit_last:
             service.server.on_client_gone.append(lambda: None if service.server.connections else stop.requested.set())
         say_ready(service, config, arguments)
+        if service.server.tls is not None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload, service.server.tls.credentials)
         if announce is not None:
             report_ready(announce)
         if arguments.run is not None:
-            return await run_command(arguments.run, service, stop, at_end)
+            return await run_command(arguments.run, service, stop, at_end, config.server.tls_certificates)
         await stop.requested.wait()
     return 0
+
+
+def reload(credentials: "TlsCredentials") -> None:
+    """Take certificates and keys that have been replaced, for clients that come from now on."""
+    try:
+        credentials.reload()
+    except (OSError, BlockError) as problem:
+        log.error("the old certificates and keys stay in use: %s", told(problem))
+    else:
+        log.info("certificates and keys were read again")
 
 
 def say_ready(service: Service, config: Config, arguments: argparse.Namespace) -> None:
@@ -154,13 +171,24 @@ class Stop:
                 loop.remove_reader(announce)
 
 
-async def run_command(command: str, service: Service, stop: Stop, at_end: contextlib.ExitStack) -> int:
+async def run_command(
+    command: str, service: Service, stop: Stop, at_end: contextlib.ExitStack, certificates: str
+) -> int:
     """Run a command with the server's address in its environment, until it ends or we are told to stop.
+
+    Args:
+        command: for a shell.
+        service: what it is to use.
+        stop: says when it has to end.
+        at_end: where it is ended if that comes at once.
+        certificates: the folder of TLS; a command for which the server is started may have its own there.
 
     Returns:
         Its exit status, as a shell has it.
     """
     uri = service.uris[0].with_export(next(iter(service.server.exports)))
+    if uri.is_tls_required and certificates:
+        uri = msgspec.structs.replace(uri, tls_certificates=os.path.join(os.getcwd(), certificates))  # noqa: PTH109, PTH118  # a name, and no file is asked for it
     environment = {**os.environ, "uri": str(uri), "nbd": str(uri)}
     if uri.socket_path:
         environment["unixsocket"] = uri.socket_path

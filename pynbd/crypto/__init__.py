@@ -1,1 +1,1 @@
-"""Encryption of disks: secrets, ciphers for sectors, and the LUKS container."""
+"""Encryption: of disks (secrets, ciphers for sectors, the LUKS container), and of connections (TLS)."""

@@ -36,6 +36,7 @@ def check(config: Config) -> None:
             if text in config.server.listen[:number]:
                 raise OptionError(f"{text!r} is given twice")
     check_objects(config)
+    check_tls(config)
     check_nodes(config)
     for name, wanted in config.exports.items():
         check_export(name, wanted, config, functools.partial("export.{}.{}: ".format, toml_key(name)))
@@ -62,6 +63,32 @@ def check_objects(config: Config) -> None:
         if described.id in ids:
             raise OptionError(f"object {described.id!r}: there are two objects of that id")
         ids.add(described.id)
+
+
+def check_tls(config: Config) -> None:
+    """Check what is said of TLS; no file is read.
+
+    Raises:
+        OptionError: what is wrong.
+    """
+    where = config.server
+    given = [key for key in ("tls-creds", "tls-certificates") if getattr(where, key.replace("-", "_"))]
+    if len(given) > 1:
+        raise OptionError(f"server.{given[1]}: tls-creds says already who we are")
+    if where.tls in ("allowed", "required") and not given:
+        raise OptionError(f"server.tls: {where.tls!r} needs tls-creds or tls-certificates")
+    if where.tls_verify_peer and not where.tls_certificates:
+        raise OptionError("server.tls-verify-peer: it goes with tls-certificates; tls-creds has an option of that name")
+    if where.tls_authz and (not given or where.tls == "off"):
+        raise OptionError("server.tls-authz: there is no TLS that would tell who a client is")
+    kinds = {str(tree["id"]): str(tree["qom-type"]) for tree in config.objects}
+    for key, name, prefix in (
+        ("tls-creds", where.tls_creds, "tls-creds-"),
+        ("tls-authz", where.tls_authz, "authz-"),
+    ):
+        if name and not kinds.get(name, "").startswith(prefix):
+            near = ", ".join(known for known, kind in kinds.items() if kind.startswith(prefix)) or "none"
+            raise OptionError(f"server.{key}: there is no object {name!r} of a kind {prefix}… (there are: {near})")
 
 
 def check_nodes(config: Config) -> None:

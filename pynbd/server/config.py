@@ -68,6 +68,11 @@ class ListenOptions(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
         max_clients: clients at one time, 0 for the default.
         structured_replies, extended_headers: whether these framings are offered.
         payload_memory: for payloads of all clients together, in bytes.
+        tls: whether clients may or must use TLS; required, if it is said who we are to them.
+        tls_creds: the object that says who we are; or else
+        tls_certificates: a folder with ca-cert.pem, server-cert.pem and server-key.pem.
+        tls_verify_peer: with those, whether clients must have a certificate of that authority.
+        tls_authz: the object that says which of those clients may come in; all, if there is none.
     """
 
     listen: tuple[str, ...] = ()
@@ -75,6 +80,11 @@ class ListenOptions(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     structured_replies: options.OnOff = True
     extended_headers: options.OnOff = True
     payload_memory: options.Size = 64 << 20
+    tls: Literal["off", "allowed", "required"] | None = None
+    tls_creds: str = ""
+    tls_certificates: str = ""
+    tls_verify_peer: options.OnOff = False
+    tls_authz: str = ""
 
 
 class ExportOptions(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):

@@ -140,8 +140,8 @@ class Connection:
         self._shutting_down = False
         # Where holes can be told, larger reads ask for them first.
         self._inline_bytes = HOLE_READ_BYTES - 1 if self._replies.can_send_holes else INLINE_READ_BYTES
-        self._can_send_spans = self._replies.can_send_holes
         self.wire = make_wire(self)
+        self._can_send_spans = self._replies.can_send_holes and self.wire.sends_files
         self.backend.on_resize.append(self._resized)
 
     # --- life ---------------------------------------------------------------------------------------------

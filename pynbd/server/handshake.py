@@ -1,16 +1,19 @@
 """The handshake of one connection: the protocol's state machine asked, and answered from the list of exports."""
 
-import asyncio
 import logging
 import socket
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from nbd_protocol.constants import Option, OptionReplyType
 from nbd_protocol.negotiation import NeedData, select_contexts
 from nbd_protocol.negotiation_events import Aborted, Closed, ExportQuery, ListExports, MetaContextQuery, Ready, StartTls
 from nbd_protocol.server_negotiation import ServerNegotiation
+from pynbd.crypto.tls_socket import TlsSocket, receive, send_all
 from pynbd.server.export import Export
+
+if TYPE_CHECKING:
+    from pynbd.server.tls import ServerTls
 
 log = logging.getLogger(__name__)
 
@@ -21,34 +24,41 @@ class Negotiated(NamedTuple):
     """What a handshake has led to.
 
     Args:
+        sock: where the client is now: the socket that was there at first, or TLS on it.
         ready: what was agreed.
         export: the export that the client chose.
         trailing: bytes that came behind the handshake: the first requests.
     """
 
+    sock: socket.socket | TlsSocket
     ready: Ready
     export: Export
     trailing: bytes
 
 
 async def negotiate(
-    sock: socket.socket, exports: Mapping[str, Export], negotiation: ServerNegotiation
+    sock: socket.socket,
+    exports: Mapping[str, Export],
+    negotiation: ServerNegotiation,
+    tls: "ServerTls | None" = None,
 ) -> Negotiated | None:
     """Bring a client from the greeting to an export. Nothing of any disk is touched before it has chosen one.
 
     Args:
         sock: connected, non-blocking.
         exports: by name, as they are when the client asks.
-        negotiation: fresh.
+        negotiation: fresh; it knows whether there is TLS as well.
+        tls: how, if there is.
 
     Returns:
         None if the client went away, or was sent away, politely.
 
     Raises:
         RemoteProtocolError: the client broke the protocol.
+        TlsFailure: there is no TLS with this client.
         OSError: the connection is lost.
     """
-    loop = asyncio.get_running_loop()
+    current: socket.socket | TlsSocket = sock
     chosen: Export | None = None
     while True:
         try:
@@ -56,13 +66,13 @@ async def negotiate(
         finally:
             outgoing = negotiation.data_to_send()
             if outgoing:
-                await loop.sock_sendall(sock, outgoing)
+                await send_all(current, outgoing)
         match event:
             case NeedData.NEED_DATA:
-                negotiation.receive_data(await loop.sock_recv(sock, RECEIVE_BYTES))
+                negotiation.receive_data(await receive(current, RECEIVE_BYTES))
             case Ready() as ready:
                 assert chosen is not None
-                return Negotiated(ready, chosen, negotiation.trailing_data)
+                return Negotiated(current, ready, chosen, negotiation.trailing_data)
             case Aborted():
                 return None
             case Closed(reason):
@@ -72,12 +82,17 @@ async def negotiate(
                 # The one whose size was told; by the time the answer has left, another may have its name.
                 chosen = exports[name]
                 negotiation.accept_export(chosen.info())
-            case ListExports() | ExportQuery() | MetaContextQuery() | StartTls():
+            case StartTls():
+                assert tls is not None  # without it the protocol's own end refuses
+                negotiation.accept_tls()
+                await send_all(sock, negotiation.data_to_send())
+                current = await tls.begin(sock)
+            case ListExports() | ExportQuery() | MetaContextQuery():
                 _answer(event, exports, negotiation)
 
 
 def _answer(
-    question: ListExports | ExportQuery | MetaContextQuery | StartTls,
+    question: ListExports | ExportQuery | MetaContextQuery,
     exports: Mapping[str, Export],
     negotiation: ServerNegotiation,
 ) -> None:
@@ -92,8 +107,6 @@ def _answer(
                 negotiation.send_meta_contexts(list(enumerate(names, 1)))
             else:
                 negotiation.refuse(OptionReplyType.ERR_UNKNOWN, unknown_export(name))
-        case StartTls():
-            negotiation.refuse(OptionReplyType.ERR_POLICY, "this server has no TLS")
 
 
 def unknown_export(name: str) -> str:

@@ -7,17 +7,23 @@ import socket
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nbd_protocol.constants import NEGOTIATION_TIMEOUT_S
 from nbd_protocol.errors import RemoteProtocolError
 from nbd_protocol.server_negotiation import ServerNegotiation
 from pynbd.block.errors import OptionError
+from pynbd.crypto.tls_socket import TlsFailure, TlsSocket
 from pynbd.server.budget import DEFAULT_POOL_BYTES, PayloadBudget
 from pynbd.server.connection import Connection, Scratch
 from pynbd.server.export import Export
 from pynbd.server.handshake import Negotiated, negotiate
 from pynbd.server.inline import InlineStarter
+from pynbd.server.tls_wire import TlsWire
 from pynbd.server.wire import PlainWire, tune
+
+if TYPE_CHECKING:
+    from pynbd.server.tls import ServerTls
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +59,7 @@ class NbdServer:
         payload_pool: memory for payloads of all clients together, beyond a small reserve for each, in bytes.
         structured, extended: whether these framings are offered.
         handshake_timeout_s: how long a client may take to choose an export.
+        tls: how clients may or must use TLS; None: there is none.
     """
 
     def __init__(
@@ -64,6 +71,7 @@ class NbdServer:
         structured: bool = True,
         extended: bool = True,
         handshake_timeout_s: float = NEGOTIATION_TIMEOUT_S,
+        tls: "ServerTls | None" = None,
     ) -> None:
         self.exports: dict[str, Export] = {}
         for export in exports:
@@ -75,6 +83,7 @@ class NbdServer:
         self.served = 0
         self._structured = structured
         self._extended = extended
+        self.tls = tls
         self._loop = asyncio.get_running_loop()
         # Those who wait for memory are woken by the loop, never from within another client's request.
         self.budget = PayloadBudget(payload_pool, self._loop.call_soon)
@@ -198,15 +207,22 @@ class NbdServer:
         try:
             tune(sock)
             async with asyncio.timeout(self.handshake_timeout_s):
-                negotiation = ServerNegotiation(structured=self._structured, extended=self._extended, resize=True)
-                result = await negotiate(sock, self.exports, negotiation)
+                negotiation = ServerNegotiation(
+                    tls="off" if self.tls is None else self.tls.policy,
+                    structured=self._structured,
+                    extended=self._extended,
+                    resize=True,
+                )
+                result = await negotiate(sock, self.exports, negotiation, self.tls)
             if result is not None:
-                self._begin(sock, peer, result)
+                self._begin(peer, result)
                 begun = True
         except TimeoutError:
             log.warning("%s: no export was chosen within %g s", peer, self.handshake_timeout_s)
         except RemoteProtocolError as problem:
             log.warning("%s: %s", peer, problem)
+        except TlsFailure as problem:
+            log.warning("%s: refused: %s", peer, problem.strerror)
         except OSError as problem:
             log.debug("%s: connection lost in the handshake: %s", peer, problem)
         except Exception:
@@ -219,9 +235,14 @@ class NbdServer:
         self._handshakes.discard(task)
         self._accept_again()
 
-    def _begin(self, sock: socket.socket, peer: str, result: Negotiated) -> None:
+    def _begin(self, peer: str, result: Negotiated) -> None:
+        sock = result.sock
+
         def make_wire(connection: Connection) -> PlainWire:
-            return PlainWire(self._loop, sock, connection.on_readable, connection.on_sent, connection.on_lost)
+            told = (connection.on_readable, connection.on_sent, connection.on_lost)
+            if isinstance(sock, TlsSocket):
+                return TlsWire(self._loop, sock, *told)
+            return PlainWire(self._loop, sock, *told)
 
         connection = Connection(
             result.ready,
@@ -233,7 +254,8 @@ class NbdServer:
             make_wire,
             self._gone,
         )
-        log.info("%s: uses export %r (%s)", peer, result.export.name, result.ready.mode.value)
+        secure = f", {sock.version}, {sock.identity!r}" if isinstance(sock, TlsSocket) else ""
+        log.info("%s: uses export %r (%s%s)", peer, result.export.name, result.ready.mode.value, secure)
         self.connections.add(connection)
         self.served += 1
         result.export.clients += 1

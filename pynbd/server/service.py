@@ -7,7 +7,7 @@ import socket
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nbd_protocol.uri import NbdUri
 from pynbd.block.backend import BlockBackend
@@ -22,6 +22,9 @@ from pynbd.server.check import check, filter_tree
 from pynbd.server.config import Config, ExportOptions, ListenOptions, parse_address
 from pynbd.server.export import Export
 from pynbd.server.server import NbdServer
+
+if TYPE_CHECKING:
+    from pynbd.server.tls import ServerTls
 
 log = logging.getLogger(__name__)
 
@@ -139,16 +142,17 @@ class Service:
         """
         for text in where.listen:
             address = parse_address(text)
+            secure = self.server.tls is not None and self.server.tls.policy == "required"
             if address.path:
                 self.server.listen_unix(address.path)
-                self.uris.append(NbdUri("nbd+unix", socket_path=address.path))
+                self.uris.append(NbdUri("nbds+unix" if secure else "nbd+unix", socket_path=address.path))
                 continue
             try:
                 bound = await self.server.listen_tcp(address.host, address.port)
             except socket.gaierror as problem:
                 raise OptionError(f"can't listen on {text}: {problem.strerror}") from problem
             for host, port in bound:
-                self.uris.append(NbdUri("nbd", host=reachable(host), port=port))
+                self.uris.append(NbdUri("nbds" if secure else "nbd", host=reachable(host), port=port))
 
     async def close(self, grace_s: float) -> None:
         """Send the clients away, flush, and close the disks.
@@ -190,6 +194,7 @@ async def open_service(config: Config, *, grace_s: float = 10.0) -> AsyncIterato
         payload_pool=config.server.payload_memory,
         structured=config.server.structured_replies,
         extended=config.server.extended_headers,
+        tls=wanted_tls(config.server, objects),
     )
     service = Service(Graph(objects), server)
     try:
@@ -201,6 +206,19 @@ async def open_service(config: Config, *, grace_s: float = 10.0) -> AsyncIterato
         yield service
     finally:
         await service.close(grace_s)
+
+
+def wanted_tls(where: ListenOptions, objects: Objects) -> "ServerTls | None":
+    """TLS, if there is to be any; only then is it imported.
+
+    Raises:
+        OptionError, OSError: there is something wrong with certificates or keys.
+    """
+    if where.tls == "off" or not (where.tls_creds or where.tls_certificates):
+        return None
+    from pynbd.server.tls import server_tls
+
+    return server_tls(where, objects)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""`Wire`: how a connection's bytes come and go. One wire is a plain socket; TLS will be another.
+"""`Wire`: how a connection's bytes come and go. One wire is a plain socket, another one is in `tls_wire.py`.
 
 A wire never waits: what can't be sent at once is queued, and goes on when the socket takes more.
 """
@@ -9,8 +9,9 @@ import socket
 from asyncio import AbstractEventLoop
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import ClassVar, Protocol
 
+from pynbd.crypto.tls_socket import TlsSocket
 from pynbd.server.loop import ServingLoop
 
 MAX_VECTORS = 512
@@ -108,6 +109,8 @@ class Wire(Protocol):
     """Bytes that are queued in memory (file spans count nothing)."""
     moved: int
     """Bytes that have gone either way since the start: whether a peer makes progress."""
+    sends_files: ClassVar[bool]
+    """Whether file spans may be among what is sent."""
 
     @property
     def queued(self) -> bool:
@@ -151,10 +154,12 @@ class PlainWire:
         on_lost: sending failed while nobody was calling.
     """
 
+    sends_files: ClassVar[bool] = True
+
     def __init__(
         self,
         loop: AbstractEventLoop,
-        sock: socket.socket,
+        sock: socket.socket | TlsSocket,
         on_readable: Callable[[], None],
         on_sent: Callable[[], None],
         on_lost: Callable[[OSError], None],
