@@ -32,6 +32,7 @@ VERBS = {
     "list": Verb("pynbd.cli.list_exports", "list the exports of a server"),
     "copy": Verb("pynbd.cli.copy", "copy a disk, from anything to anything"),
     "img": Verb("pynbd.cli.img", "make, convert and repair disk images, as qemu-img does", has_verbs=True),
+    "certs": Verb("pynbd.cli.certs", "make certificates for TLS"),
     "drivers": Verb("pynbd.cli.drivers", "list the drivers and their options"),
 }
 
