@@ -11,6 +11,7 @@ from typing import TypeVar
 import pytest
 from hypothesis import HealthCheck, settings
 
+from pynbd.crypto import certificates
 from tests.peers import TOOL_MISSING
 
 IN_CI = bool(os.environ.get("CI"))
@@ -51,6 +52,26 @@ def _judged(nodeid: str, report: Report) -> Report:
             f"{nodeid}: {reason}. In CI every program of tests/packages.txt is there, so this may not skip."
         )
     return report
+
+
+@pytest.fixture(scope="session")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an authority, and what it has signed for a server (localhost, 127.0.0.1) and for the client alice.
+
+    Beneath it `bob` is another client's folder, and `stranger` one of another authority.
+    """
+    folder = tmp_path_factory.mktemp("pki")
+    authority = certificates.make_authority(folder, "authority", 2)
+    certificates.issue(authority, folder, "server", "localhost", ["localhost", "127.0.0.1"], 2)
+    certificates.issue(authority, folder, "client", "alice", [], 2)
+    bob, stranger = folder / "bob", folder / "stranger"
+    bob.mkdir()
+    certificates.issue(authority, bob, "client", "bob", [], 2)
+    stranger.mkdir()
+    other = certificates.make_authority(stranger, "another authority", 2)
+    certificates.issue(other, stranger, "server", "localhost", ["localhost", "127.0.0.1"], 2)
+    certificates.issue(other, stranger, "client", "alice", [], 2)
+    return folder
 
 
 @pytest.fixture

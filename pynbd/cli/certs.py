@@ -33,9 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = EPILOG
     parser.add_argument("folder", metavar="DIR", help="where to; it is made if it is missing")
-    parser.add_argument(
-        "--ca", metavar="DIR", help="folder of the authority that signs (default: a new one in DIR)"
-    )
+    parser.add_argument("--ca", metavar="DIR", help="folder of the authority that signs (default: a new one in DIR)")
     parser.add_argument(
         "--for",
         dest="ends",

@@ -53,7 +53,10 @@ def chain(node: Node) -> Iterator[Node]:
 
 
 def paste_lines(uri: NbdUri, *, read_only: bool) -> list[str]:
-    """The lines to paste for one export at one address, quoted for a shell. DIR is the folder of a client's files."""
+    """The lines to paste for one export at one address, quoted for a shell.
+
+    DIR is the folder of a client's certificates, and NAME what the server's is called, where no address tells it.
+    """
     server = ["-unix", uri.socket_path] if uri.is_unix else [uri.host, str(uri.port)]
     client = ["nbd-client", *server, "/dev/nbd0"]
     client += ["-N", uri.export] if uri.export else []
@@ -65,6 +68,7 @@ def paste_lines(uri: NbdUri, *, read_only: bool) -> list[str]:
         client += [f"-{name}file=DIR/{file}.pem" for name, file in CLIENT_FILES]
         objects = ["tls-creds-x509,id=tls0,endpoint=client,dir=DIR"]
         drive = f"driver=nbd,{server_options(uri)},export={in_option(uri.export)},tls-creds=tls0"
+        drive += ",tls-hostname=NAME" if uri.is_unix else ""
         guest += ["-object", *objects]
         image += ["--object", *objects]
         place = ["--image-opts", drive]

@@ -8,7 +8,6 @@ tls-creds-x509,id=tls0,endpoint=server,cert-file=a.pem,key-file=a.key,verify-pee
 
 import socket
 import ssl
-from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, Literal, NoReturn
 
@@ -179,7 +178,8 @@ class TlsCredsX509(TlsCredentials):
             raise OSError(problem.errno, f"{self._name}: {path}: {problem.strerror}") from None
 
     def _wrong(self, what: str, problem: ssl.SSLError) -> OptionError:
-        reason = (problem.reason or "this is no PEM").replace("_", " ").lower()
+        unsaid = "this is no PEM" if self._password is None else "this is no PEM, or not encrypted with that secret"
+        reason = problem.reason.replace("_", " ").lower() if problem.reason else unsaid
         return OptionError(f"{self._name}: {what}: {reason}")
 
 
@@ -204,6 +204,3 @@ def peer_name(connection: ssl.SSLObject) -> str:
 def no_name(_: ssl.SSLObject) -> str:
     """Of somebody whose certificate is not looked at."""
     return ""
-
-
-Identify = Callable[[ssl.SSLObject], str]

@@ -174,7 +174,7 @@ class TlsSocket:
             filled += count
         self.more = filled == room or (ended and filled > 0)
         if self._outgoing.pending and not self._unsent:
-            with contextlib.suppress(BlockingIOError):
+            with contextlib.suppress(OSError):
                 self._push()  # the protocol's own answers, to a change of keys for example
         if not filled and not ended:
             raise BlockingIOError(errno.EAGAIN, "nothing to receive")

@@ -255,8 +255,7 @@ def test_flags_that_would_be_said_in_vain(name: str) -> None:
         (["-c", "/dev/nbd0", "a"], "nbd-client HOST PORT /dev/nbdX"),
         (["--connect=/dev/nbd0", "a"], "nbd-client HOST PORT /dev/nbdX"),
         (["-d", "/dev/nbd0"], "`nbd-client -d /dev/nbdX`"),
-        (["--tls-creds", "tls0", "a"], "TLS is not there yet"),
-        (["--tls-authz=x", "a"], "TLS is not there yet"),
+        (["--tls-hostname=x", "a"], "it is for clients"),
         *[([names[-1], "x"], text) for names, text in ELSEWHERE.items()],
     ],
 )

@@ -22,6 +22,7 @@ from pynbd.block.backend import BlockBackend
 from pynbd.block.graph import Graph
 from pynbd.block.node import Node
 from pynbd.block.permissions import Permission
+from pynbd.crypto.tls_socket import TlsSocket, receive, send_all
 from pynbd.server.export import Export
 from pynbd.server.server import NbdServer
 
@@ -116,7 +117,7 @@ class Client:
 
     async def send_bytes(self, data: Buffer) -> None:
         async with asyncio.timeout(LIMIT_S):
-            await asyncio.get_running_loop().sock_sendall(self.sock, data)
+            await send_all(self.sock, bytes(data))
 
     async def ask_raw(
         self, command: int, offset: int = 0, length: int = 0, flags: int = 0, payload: bytes = b""
@@ -170,7 +171,7 @@ class Client:
         return all(reply.done for reply in self.replies.values())
 
     async def _receive(self) -> None:
-        data = await asyncio.get_running_loop().sock_recv(self.sock, RECEIVE_BYTES)
+        data = await receive(self.sock, RECEIVE_BYTES)
         if not data:
             raise EOFError
         self._buffer += data
@@ -224,17 +225,16 @@ class Client:
         return complete
 
 
-async def negotiate(sock: socket.socket, negotiation: ClientNegotiation) -> ClientEvent:
+async def negotiate(sock: socket.socket | TlsSocket, negotiation: ClientNegotiation) -> ClientEvent:
     """Go on until the last command is answered."""
-    loop = asyncio.get_running_loop()
     async with asyncio.timeout(LIMIT_S):
         while True:
             event = negotiation.next_event()
             if data := negotiation.data_to_send():
-                await loop.sock_sendall(sock, data)
+                await send_all(sock, data)
             if event is not NEED_DATA:
                 return event
-            negotiation.receive_data(await loop.sock_recv(sock, RECEIVE_BYTES))
+            negotiation.receive_data(await receive(sock, RECEIVE_BYTES))
 
 
 def negotiation_for(mode: ReplyMode, **options: Any) -> ClientNegotiation:

@@ -27,6 +27,24 @@ offset = "4k"
 file = "base"
 """
 
+OBJECTS = """
+[[object]]
+qom-type = "secret"
+id = "s"
+data = "x"
+
+[[object]]
+qom-type = "tls-creds-x509"
+id = "t"
+endpoint = "server"
+dir = "pki"
+
+[[object]]
+qom-type = "authz-simple"
+id = "a"
+identity = "CN=alice"
+"""
+
 
 def refusal(text: str) -> str:
     """What is said of a configuration."""
@@ -40,9 +58,12 @@ def test_what_is_right_passes() -> None:
         from_tree(
             tomllib.loads(
                 NODES
+                + OBJECTS
                 + """
                 [server]
                 listen = ["127.0.0.1:0", "[::1]:0", "unix:/run/x.sock"]
+                tls-creds = "t"
+                tls-authz = "a"
                 [export.a]
                 disk = "part"
                 filters = ["nofilter", "delay,read=5ms", { driver = "delay", write = "1ms" }]
@@ -65,6 +86,23 @@ def test_what_is_right_passes() -> None:
         ('[server]\nlisten = ["a:1", "a:1"]', "server.listen.1: 'a:1' is given twice"),
         ('[[object]]\nqom-type = "secret"', "object of kind 'secret': id: write a letter"),
         (2 * '[[object]]\nqom-type = "secret"\nid = "s"\n', "there are two objects of that id"),
+        ('[server]\ntls = "on"', "server.tls: 'on' is not one of 'allowed', 'off', 'required'"),
+        ('[server]\ntls = "required"', "server.tls: 'required' needs tls-creds or tls-certificates"),
+        ("[server]\ntls-verify-peer = true", "server.tls-verify-peer: it goes with tls-certificates"),
+        (
+            '[server]\ntls-creds = "t"',
+            "server.tls-creds: there is no object 't' of a kind tls-creds-… (there are",
+        ),
+        (
+            '[server]\ntls-creds = "s"\n' + OBJECTS,
+            "server.tls-creds: there is no object 's' of a kind tls-creds-… (there are: t)",
+        ),
+        ('[server]\ntls-creds = "t"\ntls-certificates = "d"\n' + OBJECTS, "tls-certificates: tls-creds says already"),
+        ('[server]\ntls-authz = "a"\n' + OBJECTS, "server.tls-authz: there is no TLS that would tell who a client is"),
+        (
+            '[server]\ntls-creds = "t"\ntls-authz = "t"\n' + OBJECTS,
+            "server.tls-authz: there is no object 't' of a kind authz-… (there are: a)",
+        ),
         ('[[node]]\nnode-name = "n"', "node 'n': no driver is given"),
         ('[[node]]\nnode-name = "n"\ndriver = "memry"', "node 'n': driver 'memry' is unknown (did you mean 'memory'?)"),
         ('[[node]]\nnode-name = "9"\ndriver = "null"', "node '9': node-name: '9' is no name"),

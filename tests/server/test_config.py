@@ -79,6 +79,11 @@ max-clients = 7
 structured-replies = false
 extended-headers = "off"
 payload-memory = "16M"
+tls = "allowed"
+tls-creds = "tls0"
+tls-certificates = "pki"
+tls-verify-peer = "on"
+tls-authz = "authz0"
 
 [[object]]
 qom-type = "secret"
@@ -122,6 +127,11 @@ def test_every_key() -> None:
             structured_replies=False,
             extended_headers=False,
             payload_memory=16 << 20,
+            tls="allowed",
+            tls_creds="tls0",
+            tls_certificates="pki",
+            tls_verify_peer=True,
+            tls_authz="authz0",
         ),
         objects=({"qom-type": "secret", "id": "sec0", "file": "key"},),
         nodes=({"node-name": "golden", "driver": "memory", "size": "1M"},),
