@@ -3,24 +3,29 @@
 What is read lies in the image's own clusters, in the backing file that it names, or is zero; `mapping.py` tells which,
 `writing.py` changes it, and `image.py` sees to it that the image is sound at any time.
 
-Limits: encrypted images are not opened yet; an image that was not closed properly (lazy refcounts), or is corrupt, only
+Limits: an image that was not closed properly (lazy refcounts), or is corrupt, only
 read-only.
 """
 
 import asyncio
+import errno
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from pynbd.block.backend import BlockBackend
 from pynbd.block.child import Child
-from pynbd.block.driver import ChildSpec, Driver, ImageInfo, Location
-from pynbd.block.errors import BlockError, OptionError
+from pynbd.block.driver import ChildSpec, CreationOptions, Driver, ImageInfo, Location, Preallocation
+from pynbd.block.errors import BlockError, OptionError, PermissionConflict, io_error
 from pynbd.block.extents import Extent, Status
+from pynbd.block.families import Measurement
 from pynbd.block.image_names import named_from
 from pynbd.block.limits import Limits
 from pynbd.block.options import NodeOptions, OnOff, Size
-from pynbd.block.permissions import ChildRole
+from pynbd.block.permissions import ChildRole, Permission
 from pynbd.block.requests import RequestFlag
-from pynbd.formats.qcow2 import compression
+from pynbd.formats.qcow2 import compression, creation, layout, resizing
+from pynbd.formats.qcow2.creation import Qcow2CreationOptions
+from pynbd.formats.qcow2.encrypt_options import EncryptOptions
 from pynbd.formats.qcow2.header import Header
 from pynbd.formats.qcow2.image import Image, read_header
 from pynbd.formats.qcow2.layout import CryptMethod, Incompatible
@@ -39,6 +44,9 @@ UNPACKED_CLUSTERS = 16
 
 COMPRESSED = int(RequestFlag.COMPRESSED)
 
+if TYPE_CHECKING:
+    from pynbd.formats.qcow2.encryption import Encryption
+
 
 class Qcow2Options(NodeOptions, frozen=True, kw_only=True):
     """Options of the driver `qcow2`.
@@ -49,6 +57,7 @@ class Qcow2Options(NodeOptions, frozen=True, kw_only=True):
         l2_cache_size: bytes of L2 tables that are kept in memory.
         refcount_cache_size: bytes of refcount blocks that are kept in memory.
         cache_size: both together.
+        encrypt: how an encrypted image is opened.
     """
 
     lazy_refcounts: OnOff | None = None
@@ -56,6 +65,7 @@ class Qcow2Options(NodeOptions, frozen=True, kw_only=True):
     l2_cache_size: Size | None = None
     refcount_cache_size: Size | None = None
     cache_size: Size | None = None
+    encrypt: EncryptOptions = EncryptOptions()
 
 
 class Qcow2(Driver):
@@ -64,6 +74,7 @@ class Qcow2(Driver):
     name = "qcow2"
     is_format = True
     Options = Qcow2Options
+    CreateOptions = Qcow2CreationOptions
     children: ClassVar[Mapping[str, ChildSpec]] = {
         "file": ChildSpec(ChildRole.DATA | ChildRole.METADATA),
         "backing": ChildSpec(ChildRole.COW, optional=True, writable=False),
@@ -79,6 +90,7 @@ class Qcow2(Driver):
 
     def __init__(self, options: NodeOptions) -> None:
         super().__init__(options)
+        self.encryption: Encryption | None = None
         self._unpacked: dict[int, bytes] = {}
 
     @classmethod
@@ -112,8 +124,6 @@ class Qcow2(Driver):
 
     async def open(self) -> None:
         self.header = header = await read_header(self.file, self.image_name)
-        if header.crypt_method != CryptMethod.NONE:
-            raise BlockError(f"{self.image_name}: encrypted images can't be opened yet")
         if header.has_data_file and "data-file" not in self.node.children:
             raise BlockError(f"{self.image_name}: its data are in another file: give data-file")
         if not header.has_data_file and "data-file" in self.node.children:
@@ -128,7 +138,19 @@ class Qcow2(Driver):
         self.map = ClusterMapping(image)
         self.writer = Writer(self)
         self.size = header.size
-        self.limits = Limits(optimal_transfer=header.cluster_size, discard_alignment=header.cluster_size)
+        alignment = 1
+        if header.crypt_method != CryptMethod.NONE:
+            from pynbd.formats.qcow2.encryption import Encryption
+
+            self.encryption = await Encryption.opened(image, self.options.encrypt, self.node.objects)
+            alignment = layout.COMPRESSED_SECTOR
+        elif self.options.encrypt.key_secret is not None:
+            raise OptionError(f"{self.image_name}: encrypt.key-secret was given, but the image is not encrypted")
+        self.limits = Limits(
+            request_alignment=alignment,
+            optimal_transfer=header.cluster_size,
+            discard_alignment=header.cluster_size,
+        )
         if not self.node.read_only:
             await self._open_for_writing()
 
@@ -167,6 +189,10 @@ class Qcow2(Driver):
             REFCOUNT_CACHE_TABLES * cluster if counts is None else counts,
         )
 
+    def check_permissions(self, held: Permission, shared: Permission) -> None:
+        if self.encryption is not None and self.encryption.cipher is None and held & ~Permission.RESIZE:
+            raise PermissionConflict(f"{self.node.describe()} is encrypted; give its passphrase by encrypt.key-secret")
+
     async def close(self) -> None:
         if not self.node.read_only and self.image.fence is None:
             await self.image.close()
@@ -180,7 +206,7 @@ class Qcow2(Driver):
         end = offset + length
         if end > self.size:
             end = self.size
-        if offset >= end:
+        if offset >= end or self.encryption is not None:
             return None
         found = self.map.lookup(offset, end)
         if found is None:
@@ -207,13 +233,23 @@ class Qcow2(Driver):
         """Read bytes of the disk that are all alike."""
         if piece.kind == DATA:
             self.file.node.driver.debug_event("read_aio")
-            await self.guest_file.read(piece.host, into, 0)
+            if self.encryption is None:
+                await self.guest_file.read(piece.host, into, 0)
+            else:
+                await self._read_encrypted(offset, piece.host, into)
         elif piece.kind == NOWHERE:
             await self.read_below(offset, into)
         elif piece.kind == PACKED:
             await self._read_packed(offset, piece.host, into)
         else:
             into[:] = bytes(len(into))
+
+    async def _read_encrypted(self, offset: int, host: int, into: memoryview) -> None:
+        assert self.encryption is not None
+        if self.encryption.cipher is None:
+            raise io_error(errno.ENOKEY, self.node.name, "read without encrypt.key-secret")
+        await self.guest_file.read(host, into, 0)
+        await self.encryption.decrypt(offset, host, into)
 
     async def read_below(self, offset: int, into: memoryview) -> None:
         """Read what lies under this image."""
@@ -270,7 +306,8 @@ class Qcow2(Driver):
             run = piece.stop - offset
             if piece.kind == DATA:
                 status = Status.DATA | Status.ALLOCATED | Status.RECURSE
-                found.append(Extent(run, status, self.guest_file.node, piece.host))
+                verbatim = self.guest_file.node if self.encryption is None else None
+                found.append(Extent(run, status, verbatim, piece.host if verbatim is not None else 0))
             elif piece.kind == PACKED:
                 found.append(Extent(run, Status.DATA | Status.ALLOCATED))
             else:
@@ -296,6 +333,30 @@ class Qcow2(Driver):
         await self.writer.discard(offset, length)
 
     # --- size and shape ------------------------------------------------------------------------------------
+
+    async def truncate(self, size: int, preallocation: Preallocation, *, exact: bool) -> None:
+        await resizing.truncate(self, size, preallocation)
+
+    async def make_empty(self) -> None:
+        """Drop all data; see `Emptiable`."""
+        await resizing.make_empty(self)
+
+    async def change_backing_file(self, filename: str, format: str) -> None:
+        """Write another backing file's name into the image; see `Backed`."""
+        await resizing.change_backing_file(self, filename, format)
+
+    @classmethod
+    async def create_image(
+        cls, file: BlockBackend, options: CreationOptions, *, data_file: BlockBackend | None = None
+    ) -> None:
+        assert isinstance(options, Qcow2CreationOptions)
+        await creation.create_image(file, options, data_file, file.node.filename() or file.node.name)
+
+    @classmethod
+    async def measure(cls, options: CreationOptions, source: BlockBackend | None) -> Measurement:
+        """The size of the file that a new image would need; see `Measurable`."""
+        assert isinstance(options, Qcow2CreationOptions)
+        return await creation.measure(options, source)
 
     def has_zero_init(self) -> bool:
         return "backing" not in self.node.children
@@ -325,6 +386,8 @@ class Qcow2(Driver):
         if header.has_data_file:
             specific["data-file"] = header.data_file or ""
             specific["data-file-raw"] = header.data_file_raw
+        if self.encryption is not None:
+            specific["encrypt"] = self.encryption.describe()
         return ImageInfo(
             cluster_size=header.cluster_size,
             vm_state_offset=header.l1_entries_for(header.size) * self.map.reach,

@@ -412,6 +412,15 @@ class Image:
                     self.freed = freed + self.freed
             await self._give_back(freed)
 
+    async def write_counts_now(self) -> None:
+        """Make the counts of all clusters that were taken durable, also those that would be written late."""
+        async with self._lock:
+            if self.lazy:
+                await self.set_dirty(on=True)
+            else:
+                await self._write_counts()
+            await self.barrier()
+
     async def commit_all(self) -> None:
         """Write everything, also what the writing itself changes; nobody else is at work."""
         while not self.is_clean:

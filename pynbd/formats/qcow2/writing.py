@@ -87,7 +87,7 @@ class Writer:
     def write_now(self, offset: int, data: memoryview) -> bool:
         """See `Driver.write_now`."""
         end = offset + len(data)
-        found = self.map.lookup(offset, end)
+        found = self.map.lookup(offset, end) if self.driver.encryption is None else None
         if found is None or not found.own or found.stop < end:
             return False
         if self._hits_metadata(found.host, len(data)) or self.image.fence is not None:
@@ -109,13 +109,16 @@ class Writer:
         start, end = offset, offset + len(data)
         while start < end:
             piece = await self.map.piece(start, end)
-            await self._write_host(piece.host, data[start - offset : piece.stop - offset])
+            await self._write_host(piece.host, start, data[start - offset : piece.stop - offset])
             start = piece.stop
 
-    async def _write_host(self, host: int, data: memoryview) -> None:
+    async def _write_host(self, host: int, offset: int, data: memoryview) -> None:
+        """Write bytes of the disk (which are at `offset` there) where they lie in the file."""
         if self._hits_metadata(host, len(data)):
             what = "guest data are about to be written over the image's own structures"
             raise await self.image.corrupted(what, host, writing=True)
+        if self.driver.encryption is not None:
+            data = await self.driver.encryption.encrypted(offset, host, data)
         self.driver.file.node.driver.debug_event("write_aio")
         await self.guest_file.write(host, data, 0)
 
@@ -143,7 +146,7 @@ class Writer:
         while start < end:
             piece = await self.map.piece(start, end)
             if piece.own:
-                await self._write_host(piece.host, data[start - offset : piece.stop - offset])
+                await self._write_host(piece.host, start, data[start - offset : piece.stop - offset])
                 start = piece.stop
                 continue
             stop = await self._end_of_foreign(piece.stop, min(end, round_down(start, self.map.reach) + self.map.reach))
@@ -211,16 +214,16 @@ class Writer:
         # A data file has the length of the disk, which may end within a cluster.
         top = min(high, self.driver.size) if self.has_data_file else high
         if low == offset and top == end:
-            await self._write_host(host + low - base, data)
+            await self._write_host(host + low - base, low, data)
         else:
             around = await self._around(low, offset, end, top)
-            if around is None and fresh:
-                await self._write_host(host + offset - base, data)
+            if around is None and fresh and self.driver.encryption is None:
+                await self._write_host(host + offset - base, offset, data)
             else:
                 whole = around or bytearray(top - low)
                 whole[offset - low : end - low] = data
                 self.driver.file.node.driver.debug_event("cow_write")
-                await self._write_host(host + low - base, memoryview(whole))
+                await self._write_host(host + low - base, low, memoryview(whole))
         await self._point(low, high, host, owned=owned)
 
     async def _with_old_units(self, low: int, high: int) -> tuple[int, int]:
@@ -301,8 +304,9 @@ class Writer:
             OSError: EINVAL, it is not a multiple of clusters (the disk's last one may be short).
         """
         self.image.check_fence()
-        if self.has_data_file:
-            raise unsupported(self.driver.node.name, "compressed clusters in an image with a data file")
+        if self.has_data_file or self.driver.encryption is not None:
+            why = "an image with a data file" if self.has_data_file else "an encrypted image"
+            raise unsupported(self.driver.node.name, f"compressed clusters in {why}")
         end = offset + len(data)
         if offset % self.cluster or (end % self.cluster and end != self.driver.size):
             what = f"compressed write at {offset} for {len(data)} bytes, clusters have {self.cluster}"
@@ -383,23 +387,30 @@ class Writer:
         self.image.check_fence()
         async with self.track(offset, end, exclusive=True):
             self._check_inside(offset, end)
-            first, last = self._whole_units(offset, end)
             if self.driver.header.version < 3 and not self._is_nothing_below(offset):
                 raise unsupported(self.driver.node.name, "zeroes over a backing file in an image of compat 0.10")
-            parts = [
-                piece
-                for start, stop in (((offset, first), (last, end)) if first < last else ((offset, end),))
-                for piece in await self._nonzero(start, min(stop, end))
-            ]
-            parts += await self._packed_in_part(first, last)
-            if flags & NO_FALLBACK and parts:
-                raise unsupported(self.driver.node.name, f"zeroes at {offset} for {length} bytes take writes of data")
-            for start, stop in parts:
-                await self._zeroes_as_data(start, stop)
-            if first < last:
-                await self._zero_units(first, last, unmap=bool(flags & MAY_UNMAP))
-            if self.driver.header.data_file_raw:
-                await self.guest_file.write_zeroes(offset, length, flags & MAY_UNMAP)
+            await self.zero_alone(offset, end, flags)
+
+    async def zero_alone(self, offset: int, end: int, flags: int = 0) -> None:
+        """`write_zeroes` where nobody else is at work."""
+        length = end - offset
+        first, last = self._whole_units(offset, end)
+        if self.driver.header.version < 3 and not self._is_nothing_below(offset):
+            first = last = offset
+        parts = [
+            piece
+            for start, stop in (((offset, first), (last, end)) if first < last else ((offset, end),))
+            for piece in await self._nonzero(start, min(stop, end))
+        ]
+        parts += await self._packed_in_part(first, last)
+        if flags & NO_FALLBACK and parts:
+            raise unsupported(self.driver.node.name, f"zeroes at {offset} for {length} bytes take writes of data")
+        for start, stop in parts:
+            await self._zeroes_as_data(start, stop)
+        if first < last:
+            await self._zero_units(first, last, unmap=bool(flags & MAY_UNMAP))
+        if self.driver.header.data_file_raw:
+            await self.guest_file.write_zeroes(offset, length, flags & MAY_UNMAP)
 
     async def _zeroes_as_data(self, offset: int, end: int) -> None:
         zeroes = memoryview(bytes(min(end - offset, ZERO_PIECE_BYTES)))

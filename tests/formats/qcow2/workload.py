@@ -101,7 +101,7 @@ class Workload:
         await self.backend.read(offset, memoryview(into))
         return bytes(into)
 
-    async def round(self, most: int) -> None:
+    async def round(self, most: int, *, compressed: bool = True) -> None:
         """Up to `most` requests at once, none of which touches a byte of another, but often its cluster."""
         cluster = self.driver.header.cluster_size
         size = len(self.model)
@@ -116,11 +116,11 @@ class Workload:
                 at, length = -(-at // cluster) * cluster, cluster
             if at + length > size:
                 break
-            requests.append(self.request(at, length))
+            requests.append(self.request(at, length, compressed=compressed))
             at += length
         await asyncio.gather(*requests)
 
-    async def request(self, offset: int, length: int) -> None:
+    async def request(self, offset: int, length: int, *, compressed: bool = True) -> None:
         """One request of any kind."""
         kind, end = self.random.random(), offset + length
         cluster = self.driver.header.cluster_size
@@ -133,7 +133,7 @@ class Workload:
             self.model[offset:end] = bytes(length)
         elif kind < 0.75:
             await self._discard(-(-offset // cluster) * cluster, end // cluster * cluster)
-        elif kind < 0.85 and offset % cluster == 0 and length == cluster and not self.driver.header.has_data_file:
+        elif kind < 0.85 and compressed and self._can_compress(offset, length):
             data = (self.random.randbytes(32) * (cluster // 32))[:length]
             await self.backend.write(offset, memoryview(data), COMPRESSED)
             self.model[offset:end] = data
@@ -141,6 +141,10 @@ class Workload:
             await self.backend.flush()
         else:
             assert await self.read(offset, length) == self.model[offset:end]
+
+    def _can_compress(self, offset: int, length: int) -> bool:
+        header = self.driver.header
+        return offset % header.cluster_size == 0 and length == header.cluster_size and not header.has_data_file
 
     async def _discard(self, offset: int, end: int) -> None:
         if offset >= end:

@@ -1,0 +1,115 @@
+"""Encrypted images, LUKS and the old AES: QEMU's are read and written here, and ours there."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pynbd.block.backend import BlockBackend
+from pynbd.block.errors import BlockError, OptionError, PermissionConflict
+from pynbd.block.graph import Graph
+from pynbd.block.permissions import Permission
+from pynbd.crypto import hashes
+from pynbd.formats.qcow2.driver import Qcow2
+from tests.formats.luks_images import objects, qemu, qemu_secrets
+from tests.formats.qcow2.test_creation import parsed
+from tests.formats.qcow2.workload import Workload
+
+SIZE = (1 << 20) + 512
+
+
+@pytest.fixture
+async def graph(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Graph]:
+    monkeypatch.setattr(hashes, "MEASURED_S", 0.002)
+    graph = Graph(objects())
+    yield graph
+    await graph.close_all()
+
+
+def description(path: Path, secret: str | None = "s0", **options: Any) -> dict[str, Any]:
+    encrypt = {} if secret is None else {"encrypt": {"key-secret": secret}}
+    return {"driver": "qcow2", "file": {"driver": "file", "filename": str(path)}, **encrypt, **options}
+
+
+def options_of(kind: str) -> str:
+    return f"encrypt.format={kind},encrypt.key-secret=s0" + (",encrypt.iter-time=10" if kind == "luks" else "")
+
+
+def image_options(path: Path, kind: str) -> str:
+    return f"driver=qcow2,encrypt.format={kind},encrypt.key-secret=s0,file.filename={path}"
+
+
+def is_sound(path: Path, kind: str) -> bool:
+    qemu("qemu-img", "check", "-q", *qemu_secrets(), "--image-opts", image_options(path, kind))
+    return True
+
+
+def read_by_qemu(path: Path, kind: str) -> bytes:
+    raw = path.with_suffix(".read")
+    qemu("qemu-img", "convert", *qemu_secrets(), "--image-opts", "-O", "raw", image_options(path, kind), raw)
+    return raw.read_bytes()
+
+
+async def create(graph: Graph, path: Path, options: str) -> None:
+    path.touch()
+    backend = BlockBackend("creation")
+    node = await graph.open({"driver": "file", "filename": str(path)})
+    graph.attach(backend, node, Permission.ALL)
+    await Qcow2.create_image(backend, parsed(options, SIZE))
+    graph.detach(backend)
+    await graph.close(node)
+
+
+@pytest.mark.parametrize("extra", ["", ",extended_l2=on", ",cluster_size=4k", ",preallocation=metadata"])
+@pytest.mark.parametrize("kind", ["luks", "aes"])
+@pytest.mark.parametrize("ours", [True, False])
+async def test_written_here_and_read_there(graph: Graph, tmp_path: Path, kind: str, extra: str, ours: bool) -> None:
+    if kind == "aes" and not ours:
+        extra = extra.replace(",extended_l2=on", "")
+    path = tmp_path / "image.qcow2"
+    if ours:
+        await create(graph, path, options_of(kind) + extra)
+    else:
+        words = options_of(kind) + extra
+        qemu("qemu-img", "create", "-q", "-f", "qcow2", *qemu_secrets(), "-o", words, path, str(SIZE))
+    assert is_sound(path, kind)
+    work = await Workload.opened(graph, description(path), bytes(SIZE), seed=4)
+    if "preallocation" in extra:
+        # What nobody wrote is noise: zeroes that were never encrypted.
+        work.model[:] = await work.read(0, SIZE)
+    for _ in range(60):
+        await work.round(4, compressed=False)
+    await work.check()
+    await work.close()
+    assert is_sound(path, kind)
+    assert read_by_qemu(path, kind) == work.model
+
+
+@pytest.mark.parametrize("kind", ["luks", "aes"])
+async def test_without_the_right_key(graph: Graph, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "image.qcow2"
+    await create(graph, path, options_of(kind))
+    node = await graph.open(description(path, None))
+    assert (await node.info()).encrypted
+    assert (await node.info()).specific["encrypt"]["format"] == kind
+    with pytest.raises(PermissionConflict, match="passphrase"):
+        graph.attach(BlockBackend("reader"), node, Permission.CONSISTENT_READ)
+    await graph.close(node)
+    other = "aes" if kind == "luks" else "luks"
+    with pytest.raises(OptionError, match="but the image is encrypted by"):
+        await graph.open(description(path, None, encrypt={"format": other, "key-secret": "s0"}))
+    if kind == "luks":
+        with pytest.raises(BlockError):
+            await graph.open(description(path, "s2"))
+
+
+async def test_compressed_clusters_are_refused(graph: Graph, tmp_path: Path) -> None:
+    path = tmp_path / "image.qcow2"
+    await create(graph, path, options_of("luks"))
+    work = await Workload.opened(graph, description(path), bytes(SIZE), seed=4)
+    with pytest.raises(OSError, match="encrypted image"):
+        await work.backend.write(0, memoryview(bytes(65536)), 32)
+    await work.close()
