@@ -1,7 +1,5 @@
 """Names of files as they stand inside images: relative ones are meant from where the image is."""
 
-from pathlib import Path
-
 from pynbd.block import registry
 
 
@@ -18,9 +16,8 @@ def named_from(image: str, name: str) -> str:
         image: the image's own file name; "" if it has none.
         name: a path, relative to the image's folder or absolute, or a URI.
     """
-    if has_protocol(name) or Path(name).is_absolute() or not image:
+    if has_protocol(name) or name.startswith("/"):
         return name
-    if has_protocol(image):
-        prefix, slash, _ = image.rpartition("/")
-        return prefix + slash + name
-    return str(Path(image).parent / name)
+    # No Path: "./" stays, as people wrote it, and QEMU tells it so.
+    folder, slash, _ = image.rpartition("/")
+    return folder + slash + name

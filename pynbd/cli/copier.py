@@ -1,11 +1,15 @@
 """Copying one disk to another: many requests in flight, holes kept, zeroes found."""
 
 import asyncio
+import sys
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
+from enum import Enum
+from typing import NamedTuple, Protocol
 
-from pynbd.block.alignment import pieces
+from pynbd.block.alignment import pieces, round_down, round_up
 from pynbd.block.backend import BlockBackend
+from pynbd.block.extents import ChainExtent
 from pynbd.block.requests import RequestFlag
 
 STATUS_BYTES = 1 << 30
@@ -17,9 +21,42 @@ ZERO_BYTES = 256 << 20
 BLOCK_BYTES = 4096
 """Zeroes inside data are looked for in blocks of this size, as qemu-img and nbdcopy do."""
 
-ZERO_BLOCK = bytes(BLOCK_BYTES)
+SECTOR_BYTES = 512
+"""What a source that can't be read as a whole is read by."""
 
+COMPRESSED = int(RequestFlag.COMPRESSED)
 MAY_UNMAP = int(RequestFlag.MAY_UNMAP)
+
+
+class Source(Protocol):
+    """What is copied; a `BlockBackend` is one."""
+
+    @property
+    def size(self) -> int:
+        """Its length in bytes."""
+
+    async def read(self, offset: int, into: memoryview) -> None:
+        """Fill `into`."""
+
+    async def block_status(self, offset: int, length: int) -> Sequence[ChainExtent]:
+        """What lies where; of depth 0 and neither data nor zero is what the target shows already."""
+
+
+class Kind(Enum):
+    """What is done with a range."""
+
+    COPY = "copy"
+    ZERO = "zero"
+    SKIP = "skip"
+
+
+class Piece(NamedTuple):
+    """A range that one request deals with."""
+
+    number: int
+    offset: int
+    length: int
+    kind: Kind
 
 
 class Copier:
@@ -29,20 +66,32 @@ class Copier:
         source: what is read, from its first byte to its last.
         target: what is written; not smaller.
         requests: how many are in flight.
-        request_bytes: the largest read and write.
+        request_bytes: the largest read and write, a multiple of `unit`.
         allocated: write zeroes so that they take space.
         target_is_zero: whether the target reads as zeroes before, so that zeroes need not be written.
+        block_bytes: how long zeroes inside data must be to be noticed, a multiple of 512.
+        unit: what is copied is made of whole blocks of this size, but for the last one.
+        in_order: one write at a time, from the first to the last.
+        flags: of all writes of data.
+        salvage: take what can't be read for zeroes, and say so on stderr.
+        bytes_per_s: how fast it may be; 0 is without a limit.
     """
 
     def __init__(
         self,
-        source: BlockBackend,
+        source: Source,
         target: BlockBackend,
         *,
         requests: int,
         request_bytes: int,
         allocated: bool = False,
         target_is_zero: bool = False,
+        block_bytes: int = BLOCK_BYTES,
+        unit: int = 1,
+        in_order: bool = False,
+        flags: int = 0,
+        salvage: bool = False,
+        bytes_per_s: int = 0,
     ) -> None:
         self.done_bytes = 0
         """How much of the source has been dealt with."""
@@ -52,10 +101,17 @@ class Copier:
         self._request_bytes = request_bytes
         self._allocated = allocated
         self._skips_zeroes = target_is_zero and not allocated
+        self._block_bytes = block_bytes
+        self._unit = unit
+        self._turns = Turns() if in_order else None
+        self._flags = flags
+        self._salvage = salvage
+        self._pace = Pace(bytes_per_s) if bytes_per_s else None
         self._stopped = False
-        self._ready: deque[tuple[int, int, bool]] = deque()
+        self._ready: deque[Piece] = deque()
         self._pieces = self._look_ahead()
         self._looking = asyncio.Lock()
+        self._next_number = 0
 
     async def run(self) -> None:
         """Copy. Nothing is in flight any more when this returns or raises.
@@ -71,13 +127,15 @@ class Copier:
                 await ended
             except Exception as failure:
                 problem = problem or failure
-                self._stopped = True
+                self.stop()
         if problem is not None:
             raise problem
 
     def stop(self) -> None:
         """Start nothing new: `run` returns soon, with a part of the disk copied."""
         self._stopped = True
+        if self._turns is not None:
+            self._turns.end()
 
     @property
     def stopped(self) -> bool:
@@ -86,16 +144,27 @@ class Copier:
 
     async def _work(self) -> None:
         """One request after another, in a buffer that is used again and again."""
-        buffer = memoryview(bytearray(self._request_bytes))
+        buffer = memoryview(b"")
         while (piece := await self._next_piece()) is not None:
-            offset, length, zero = piece
-            if zero:
-                await self._zero(offset, length)
-            else:
-                await self._copy(offset, buffer[:length])
-            self.done_bytes += length
+            if self._pace is not None and piece.kind is Kind.COPY:
+                await self._pace.wait(piece.length)
+            if piece.kind is Kind.COPY:
+                if not buffer:
+                    buffer = memoryview(bytearray(self._request_bytes))
+                await self._read(piece.offset, buffer[: piece.length])
+            if self._turns is not None and not await self._turns.come(piece.number):
+                return
+            if piece.kind is Kind.COPY:
+                await self._write(piece.offset, buffer[: piece.length])
+            elif piece.kind is Kind.ZERO:
+                await self._zero(piece.offset, piece.length)
+            if self._turns is not None:
+                self._turns.over(piece.number)
+            self.done_bytes += piece.length
 
-    async def _next_piece(self) -> tuple[int, int, bool] | None:
+    # --- what is to be done -----------------------------------------------------------------------------------
+
+    async def _next_piece(self) -> Piece | None:
         if not self._ready and not self._stopped:
             async with self._looking:
                 if not self._ready:
@@ -104,55 +173,176 @@ class Copier:
                         break
         return self._ready.popleft() if self._ready and not self._stopped else None
 
-    async def _look_ahead(self) -> AsyncIterator[tuple[int, int, bool]]:
-        """(offset, length, whether it reads as zeroes) of the whole source."""
+    async def _look_ahead(self) -> AsyncIterator[tuple[int, int, Kind]]:
+        """(offset, length, kind) of the whole source; runs end at whole units."""
+        start, end, kind = 0, 0, Kind.SKIP
+        async for length, following in self._in_units():
+            if following is not kind and end > start:
+                yield start, end - start, kind
+                start = end
+            kind, end = following, end + length
+        if end > start:
+            yield start, end - start, kind
+
+    async def _in_units(self) -> AsyncIterator[tuple[int, Kind]]:
+        """(length, kind) of the same in whole units: one that is not all alike is copied."""
+        unit, offset = self._unit, 0
+        begun: Kind | None = None  # of the unit that `offset` lies in, if it does not begin there
+        async for length, kind in self._extents():
+            end = offset + length
+            if begun is not None:
+                begun = begun if begun is kind else Kind.COPY
+                if end < round_up(offset, unit):
+                    offset = end
+                    continue
+                yield unit, begun
+                offset, begun = round_up(offset, unit), None
+            if round_down(end, unit) > offset:
+                yield round_down(end, unit) - offset, kind
+            if end % unit:
+                begun = kind
+            offset = end
+        if begun is not None:
+            yield offset % unit, begun
+
+    async def _extents(self) -> AsyncIterator[tuple[int, Kind]]:
         offset, size = 0, self._source.size
         while offset < size:
             for extent in await self._source.block_status(offset, min(STATUS_BYTES, size - offset)):
-                yield offset, extent.length, extent.zero
+                kind = Kind.ZERO if extent.zero else Kind.COPY if extent.data or extent.depth else Kind.SKIP
+                yield extent.length, kind
                 offset += extent.length
 
-    def _cut(self, offset: int, length: int, zero: bool) -> Iterator[tuple[int, int, bool]]:
-        largest = ZERO_BYTES if zero else self._request_bytes
+    def _cut(self, offset: int, length: int, kind: Kind) -> Iterator[Piece]:
+        largest = self._request_bytes if kind is Kind.COPY else ZERO_BYTES
         for start, size in pieces(offset, length, largest, largest):
-            yield start, size, zero
+            yield Piece(self._next_number, start, size, kind)
+            self._next_number += 1
+
+    # --- doing it ---------------------------------------------------------------------------------------------
+
+    async def _read(self, offset: int, into: memoryview) -> None:
+        try:
+            await self._source.read(offset, into)
+        except OSError as problem:
+            if not self._salvage:
+                raise
+            if len(into) > SECTOR_BYTES:
+                half = round_up(len(into) // 2, SECTOR_BYTES)
+                await self._read(offset, into[:half])
+                await self._read(offset + half, into[half:])
+                return
+            print(f"warning: error while reading offset {offset}: {problem.strerror}", file=sys.stderr)
+            into[:] = bytes(len(into))
 
     async def _zero(self, offset: int, length: int) -> None:
         if not self._skips_zeroes:
             await self._target.write_zeroes(offset, length, 0 if self._allocated else MAY_UNMAP)
 
-    async def _copy(self, offset: int, part: memoryview) -> None:
-        await self._source.read(offset, part)
+    async def _write(self, offset: int, part: memoryview) -> None:
         if self._allocated:
-            await self._target.write(offset, part)
+            await self._target.write(offset, part, self._flags)
             return
-        for start, length, zero in runs(part):
+        for start, length, zero in runs(part, self._block_bytes):
             if zero:
                 await self._zero(offset + start, length)
+            elif self._flags & COMPRESSED:
+                await self._write_units(offset + start, part[start : start + length])
             else:
-                await self._target.write(offset + start, part[start : start + length])
+                await self._target.write(offset + start, part[start : start + length], self._flags)
+
+    async def _write_units(self, offset: int, part: memoryview) -> None:
+        """Unit by unit at the same time: each keeps a processor busy for a while."""
+        results = await asyncio.gather(
+            *(
+                self._target.write(offset + start, part[start : start + length], self._flags)
+                for start, length in pieces(0, len(part), self._unit)
+            ),
+            return_exceptions=True,
+        )
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
 
 
-def runs(data: memoryview) -> Iterator[tuple[int, int, bool]]:
+class Turns:
+    """Who has read may write when all that lies before is written."""
+
+    def __init__(self) -> None:
+        self._next = 0
+        self._waiting: dict[int, asyncio.Future[None]] = {}
+        self._ended = False
+
+    async def come(self, number: int) -> bool:
+        """Wait for a turn; False if it never comes."""
+        if number != self._next and not self._ended:
+            self._waiting[number] = turn = asyncio.get_running_loop().create_future()
+            await turn
+            del self._waiting[number]
+        return not self._ended
+
+    def over(self, number: int) -> None:
+        """Let the next one have its turn."""
+        self._next = number + 1
+        if self._next in self._waiting:
+            self._waiting[self._next].set_result(None)
+
+    def end(self) -> None:
+        """There are no more turns."""
+        self._ended = True
+        for waiting in self._waiting.values():
+            if not waiting.done():
+                waiting.set_result(None)
+
+
+class Pace:
+    """How fast data may be copied.
+
+    Args:
+        bytes_per_s: at the most, on average.
+    """
+
+    def __init__(self, bytes_per_s: int) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._free_at = 0.0
+
+    async def wait(self, length: int) -> None:
+        """Wait until so many bytes may be copied."""
+        now = asyncio.get_running_loop().time()
+        begin = max(self._free_at, now)
+        self._free_at = begin + length / self._bytes_per_s
+        if begin > now:
+            await asyncio.sleep(begin - now)
+
+
+def runs(data: memoryview, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int, bool]]:
     """(start, length, whether it is all zeroes) of the runs of blocks in a buffer.
 
     Only blocks whose first byte is zero are looked at: in most data there are few.
     """
-    firsts = bytes(data[::BLOCK_BYTES])
+    # A bytearray is compared at the speed of memory, with whatever it is compared; a memoryview item by item.
+    if data and not data[0] and not data[-1] and bytearray(len(data)) == data:
+        yield 0, len(data), True
+        return
+    firsts = bytes(data[::block_bytes])
+    zero_block = bytearray(block_bytes)
     begin = 0
     number = firsts.find(0)
     while number >= 0:
-        start = number * BLOCK_BYTES
-        block = bytes(data[start : start + BLOCK_BYTES])
-        if block == ZERO_BLOCK[: len(block)]:
+        first = number
+        while number < len(firsts) and _is_zero(data, number * block_bytes, zero_block):
+            number += 1
+        if number > first:
+            start, end = first * block_bytes, min(number * block_bytes, len(data))
             if start > begin:
                 yield begin, start - begin, False
-            while number < len(firsts) and block == ZERO_BLOCK[: len(block)]:
-                number += 1
-                block = bytes(data[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES])
-            end = min(number * BLOCK_BYTES, len(data))
             yield start, end - start, True
             begin = end
         number = firsts.find(0, number + 1)
     if begin < len(data):
         yield begin, len(data) - begin, False
+
+
+def _is_zero(data: memoryview, start: int, zero_block: bytearray) -> bool:
+    block = data[start : start + len(zero_block)]
+    return zero_block == block if len(block) == len(zero_block) else not any(block)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import errno
 import os
 import secrets
-import signal
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +18,7 @@ from pynbd.cli.progress import bar
 if TYPE_CHECKING:
     from pynbd.block.backend import BlockBackend
     from pynbd.block.graph import Graph
-    from pynbd.cli.copier import Copier
+    from pynbd.cli.interruption import Interruption
 
 REQUESTS = 64
 """As nbdcopy's: enough for a server a few milliseconds away, and 16 MiB of buffers."""
@@ -86,6 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 async def _run(arguments: argparse.Namespace) -> int:
     from pynbd.block.graph import Graph
+    from pynbd.cli.interruption import Interruption
 
     request_bytes = _checked(arguments)
     interruption = Interruption()
@@ -259,38 +258,3 @@ async def _copy(
             if copier.stopped:
                 raise BlockError(f"interrupted; {name} holds a part of {arguments.source}")
             await target.flush()
-
-
-class Interruption:
-    """What the signals that end a program do here: the first lets requests in flight end, the second is at once."""
-
-    def __init__(self) -> None:
-        self._copier: Copier | None = None
-        self._task = asyncio.current_task()
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM while the block runs."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._interrupt)
-        try:
-            yield
-        finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
-
-    @contextlib.contextmanager
-    def stops(self, copier: Copier) -> Iterator[None]:
-        """The copy that is to be stopped."""
-        self._copier = copier
-        try:
-            yield
-        finally:
-            self._copier = None
-
-    def _interrupt(self) -> None:
-        if self._copier is not None and not self._copier.stopped:
-            self._copier.stop()
-        elif self._task is not None:
-            self._task.cancel()

@@ -13,9 +13,12 @@ from pynbd.cli import Parser, Verb
 
 VERBS = {
     "compare": Verb("pynbd.cli.img.compare", "tell whether two images hold the same disk"),
+    "convert": Verb("pynbd.cli.img.convert", "copy a disk into an image of any format"),
     "create": Verb("pynbd.cli.img.create", "make an image"),
+    "dd": Verb("pynbd.cli.img.dd", "copy a part of a disk, with the operands of dd"),
     "info": Verb("pynbd.cli.img.info", "tell what an image is"),
     "map": Verb("pynbd.cli.img.map", "tell where the bytes of a disk lie"),
+    "measure": Verb("pynbd.cli.img.measure", "tell how large a new image would be"),
     "resize": Verb("pynbd.cli.img.resize", "change the size of a disk"),
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,7 +63,7 @@ def plan(graph: Graph, filename: str, format: str, given: Mapping[str, Any]) -> 
 
     Args:
         graph: where it will be opened.
-        filename: where it will lie; a name or a URI.
+        filename: where it will lie, a name or a URI; "" if it will not be made.
         format: the format's name.
         given: options of the new image, `size` among them.
 
@@ -76,7 +76,7 @@ def plan(graph: Graph, filename: str, format: str, given: Mapping[str, Any]) -> 
             raise OptionError(f"format {format!r} has no place for {what}")
     assert kind.CreateOptions is not None
     options = opt.convert(given, kind.CreateOptions, driver=format)
-    return NewImage(kind, filename, graph.storage_tree(filename), options, given)
+    return NewImage(kind, filename, graph.storage_tree(filename) if filename else {}, options, given)
 
 
 async def make(graph: Graph, new: NewImage) -> None:
@@ -85,6 +85,11 @@ async def make(graph: Graph, new: NewImage) -> None:
     Raises:
         OSError, BlockError: it can't be made. A file that was not there before is removed again.
     """
+    with removed_after_failure(new):
+        await _make(graph, new)
+
+
+async def _make(graph: Graph, new: NewImage) -> None:
     async with contextlib.AsyncExitStack() as made:
         file = await made.enter_async_context(_new_storage(graph, new.storage))
         name = getattr(new.options, "data_file", None)
@@ -96,28 +101,34 @@ async def make(graph: Graph, new: NewImage) -> None:
 
 @contextlib.asynccontextmanager
 async def _new_storage(graph: Graph, tree: dict[str, Any]) -> AsyncIterator[BlockBackend]:
-    """A user of new, empty storage; it is removed again if it was made here and the block fails."""
+    """A user of new, empty storage."""
     kind = registry.driver_class(str(tree["driver"]))
-    filename = tree.get("filename")
-    is_new = isinstance(filename, str) and not os.path.lexists(filename)  # noqa: ASYNC240  # nothing else runs yet
     options = {key: value for key, value in tree.items() if key != "driver"}
     if kind.create.__func__ is not Driver.create.__func__:  # type: ignore[attr-defined]  # bound class methods
         await kind.create(opt.convert(options, kind.Options, driver=kind.name), 0, Preallocation.OFF)
+    node = await graph.open(tree, read_only=False, discard="unmap")
     try:
-        node = await graph.open(tree, read_only=False, discard="unmap")
+        backend = BlockBackend(f"new image {tree.get('filename', kind.name)}")
+        held = Permission.CONSISTENT_READ | Permission.WRITE | Permission.RESIZE
+        graph.attach(backend, node, held, Permission.CONSISTENT_READ)
         try:
-            backend = BlockBackend(f"new image {filename or kind.name}")
-            held = Permission.CONSISTENT_READ | Permission.WRITE | Permission.RESIZE
-            graph.attach(backend, node, held, Permission.CONSISTENT_READ)
-            try:
-                yield backend
-            finally:
-                graph.detach(backend)
+            yield backend
         finally:
-            await graph.close(node)
+            graph.detach(backend)
+    finally:
+        await graph.close(node)
+
+
+@contextlib.contextmanager
+def removed_after_failure(new: NewImage) -> Iterator[None]:
+    """Remove the files of a new image if the block fails, as far as they were not there before it."""
+    names = [new.storage.get("filename"), getattr(new.options, "data_file", None)]
+    fresh = [name for name in names if isinstance(name, str) and name and not os.path.lexists(name)]
+    try:
+        yield
     except BaseException:
-        if is_new:
-            Path(str(filename)).unlink(missing_ok=True)  # noqa: ASYNC240  # nothing else runs any more
+        for name in fresh:
+            Path(name).unlink(missing_ok=True)
         raise
 
 
@@ -133,7 +144,8 @@ async def backing_size(graph: Graph, image: str, backing: str, format: str) -> i
     Raises:
         OSError, BlockError: it can't be opened.
     """
-    from pynbd.cli.img.images import describe, named_from, open_node
+    from pynbd.block.image_names import named_from
+    from pynbd.cli.img.images import describe, open_node
 
     name = named_from(image, backing)
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
@@ -131,9 +130,20 @@ async def open_node(
 
 @contextlib.asynccontextmanager
 async def attached(
-    graph: Graph, node: Node, name: str, *, writing: bool = False, resizing: bool = False, cache: str = "writeback"
+    graph: Graph,
+    node: Node,
+    name: str,
+    *,
+    writing: bool = False,
+    resizing: bool = False,
+    cache: str = "writeback",
+    shared: Permission = Permission.ALL & ~Permission.RESIZE,
 ) -> AsyncIterator[Image]:
-    """A user of a node, that lets go of it on leaving."""
+    """A user of a node, that lets go of it on leaving.
+
+    Raises:
+        PermissionConflict: somebody else's use of it, here or in another process, stands against this one.
+    """
     held = Permission.CONSISTENT_READ
     if writing:
         held |= Permission.WRITE
@@ -141,8 +151,7 @@ async def attached(
         held |= Permission.RESIZE
     backend = BlockBackend(name)
     backend.write_cache = cache_mode(cache).write_cache
-    # Who else may write to it meanwhile is the business of those who do; it is the size that must stay.
-    graph.attach(backend, node, held, Permission.ALL & ~Permission.RESIZE)
+    graph.attach(backend, node, held, shared)
     try:
         yield Image(name, node, backend)
     finally:
@@ -160,6 +169,7 @@ async def open_image(
     resizing: bool = False,
     cache: str = "writeback",
     force_share: bool = False,
+    shared: Permission = Permission.ALL & ~Permission.RESIZE,
     **more: Any,
 ) -> AsyncIterator[Image]:
     """An image that is closed on leaving; see `describe`, `open_node` and `attached`.
@@ -170,7 +180,7 @@ async def open_image(
     tree = describe(graph, name, format, image_opts=image_opts)
     async with (
         open_node(graph, tree, writing=writing or resizing, cache=cache, force_share=force_share, **more) as node,
-        attached(graph, node, name, writing=writing, resizing=resizing, cache=cache) as image,
+        attached(graph, node, name, writing=writing, resizing=resizing, cache=cache, shared=shared) as image,
     ):
         yield image
 
@@ -212,10 +222,3 @@ def _own_options(options: NodeOptions) -> dict[str, Any]:
 def _tree_of(node: Node) -> dict[str, Any]:
     children = {name: _tree_of(edge.node) for name, edge in node.children.items() if name != "backing"}
     return {**_own_options(node.options), "driver": node.driver.name, **children}
-
-
-def named_from(image: str, name: str) -> str:
-    """What a name that stands in an image means: a relative path begins where the image is."""
-    if ":" in name.partition("/")[0] or name.startswith("/"):
-        return name
-    return os.path.join(os.path.dirname(image), name)  # noqa: PTH118, PTH120  # a Path would change the name

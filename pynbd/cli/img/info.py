@@ -97,7 +97,7 @@ async def facts(node: Node) -> dict[str, Any]:
 def backing_facts(node: Node) -> dict[str, str]:
     """The backing file as the image names it, and the name under which it is found from here."""
     from pynbd.block.families import Backed
-    from pynbd.cli.img.images import named_from
+    from pynbd.block.image_names import named_from
 
     if not isinstance(node.driver, Backed):
         return {}

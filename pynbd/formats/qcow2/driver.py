@@ -80,6 +80,7 @@ class Qcow2(Driver):
         "backing": ChildSpec(ChildRole.COW, optional=True, writable=False),
         "data-file": ChildSpec(ChildRole.DATA, optional=True),
     }
+    write_flags = COMPRESSED
     options: Qcow2Options
     header: Header
     image: Image

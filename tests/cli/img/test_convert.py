@@ -1,0 +1,165 @@
+"""`pynbd img convert` beside qemu-img's."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests import peers
+from tests.cli.img.side_by_side import failure, img, ok, qemu_img, same
+from tests.cli.pynbd_command import PYNBD
+from tests.conftest import DiskMaker
+
+MIB = 1 << 20
+
+
+def allocated(path: str) -> int:
+    """Bytes that a file takes on the disk, in steps of 64 KiB: the file system may take a block for itself."""
+    return Path(path).stat().st_blocks * 512 >> 16 << 16
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("disk.raw",),
+        ("disk.raw", "new.raw"),
+        ("-O", "raw", "disk.raw", "new.raw"),
+        ("disk.raw", "-O", "raw", "new.raw", "-W"),
+        ("-q", "-p", "disk.raw", "new.raw"),
+        ("-S", "1k", "disk.raw", "new.raw"),
+        ("-S", "0", "disk.raw", "new.raw"),
+        ("-S", "100", "disk.raw", "new.raw"),
+        ("-S", "nonsense", "disk.raw", "new.raw"),
+        ("-m", "1", "disk.raw", "new.raw"),
+        ("-m", "0", "disk.raw", "new.raw"),
+        ("-m", "17", "disk.raw", "new.raw"),
+        ("-r", "1G", "disk.raw", "new.raw"),
+        ("-r", "nonsense", "disk.raw", "new.raw"),
+        ("-c", "-O", "raw", "disk.raw", "new.raw"),
+        ("-o", "size=1M", "disk.raw", "new.raw"),
+        ("-o", "preallocation=falloc", "disk.raw", "new.raw"),
+        ("-o", "preallocation=nonsense", "disk.raw", "new.raw"),
+        ("-o", "size=1M", "-n", "disk.raw", "disk.raw"),
+        ("-n", "disk.raw", "missing.raw"),
+        ("-n", "disk.raw", "odd.raw"),
+        ("-n", "odd.raw", "disk.raw"),
+        ("-n", "-S", "0", "odd.raw", "disk.raw"),
+        ("--target-is-zero", "disk.raw", "new.raw"),
+        ("--target-image-opts", "disk.raw", "driver=raw,file.filename=new.raw"),
+        ("-n", "--target-image-opts", "odd.raw", "driver=raw,offset=1M,file.driver=file,file.filename=disk.raw"),
+        ("-C", "-S", "4k", "disk.raw", "new.raw"),
+        ("-C", "--salvage", "disk.raw", "new.raw"),
+        ("-C", "disk.raw", "new.raw"),
+        ("--salvage", "disk.raw", "new.raw"),
+        ("--bitmaps", "disk.raw", "new.raw"),
+        ("-B", "disk.raw", "disk.raw", "new.raw"),
+        ("-l", "snapshot", "disk.raw", "new.raw"),
+        ("-t", "none", "-T", "none", "disk.raw", "new.raw"),
+        ("-O", "nonsense", "disk.raw", "new.raw"),
+        ("-f", "nonsense", "disk.raw", "new.raw"),
+        ("missing.raw", "new.raw"),
+        ("odd.raw", "new.raw"),
+        ("odd.raw", "disk.raw", "odd.raw", "new.raw"),
+        ("disk.raw", "disk.raw"),
+        ("-n", "-f", "raw", "disk.raw", "disk.raw"),
+    ],
+)
+def test_raw(words: tuple[str, ...], disk: Path, odd: Path, make_disk: DiskMaker) -> None:
+    """The exit status, and every byte of whatever there is then."""
+    images = {name: Path(name).read_bytes() for name in ("disk.raw", "odd.raw")}
+    theirs = qemu_img("convert", *words)
+    expected = {name.name: name.read_bytes() for name in Path().iterdir()}
+    Path("new.raw").unlink(missing_ok=True)
+    for name, content in images.items():
+        Path(name).write_bytes(content)
+    ours = img("convert", *words)
+    assert (ours.status, ours.out) == (theirs.status, theirs.out), (ours, theirs)
+    assert {name.name: name.read_bytes() for name in Path().iterdir()} == expected
+
+
+def test_holes_and_zeroes_take_no_space(disk: Path) -> None:
+    """Unless that is wanted, or they are shorter than what is looked for."""
+    content = bytearray(disk.read_bytes())
+    content[9 * MIB : 9 * MIB + 4096] = b"\1" * 4096
+    disk.write_bytes(content)
+    for option, size in (("4k", 260 << 10), ("0", 10 * MIB), ("1M", 3 * MIB)):
+        ok("convert", "-S", option, disk, "new.raw")
+        assert Path("new.raw").read_bytes() == content
+        assert allocated("new.raw") == size >> 16 << 16
+
+
+def test_a_read_that_fails(disk: Path) -> None:
+    """Nothing is left of the copy; with --salvage one sector is zeroes, and all else is there."""
+    image = "driver=raw,file.driver=blkdebug,file.inject-error.0.event=read_aio,file.image.filename=disk.raw"
+    one_sector = f"{image},file.inject-error.0.sector=2050"
+    assert failure("convert", "--image-opts", image, "new.raw")
+    assert not Path("new.raw").exists()
+    ending = img("convert", "--salvage", "--image-opts", one_sector, "new.raw")
+    assert (ending.status, ending.err.count("\n")) == (0, 1)
+    assert f"offset {2050 * 512}" in ending.err
+    expected = bytearray(disk.read_bytes())
+    expected[2050 * 512 : 2051 * 512] = bytes(512)
+    assert Path("new.raw").read_bytes() == expected
+
+
+def test_a_file_that_was_there_stays_after_a_failure(disk: Path) -> None:
+    Path("new.raw").touch()
+    image = "driver=raw,file.driver=blkdebug,file.inject-error.0.event=read_aio,file.image.filename=disk.raw"
+    assert failure("convert", "--image-opts", image, "new.raw")
+    assert Path("new.raw").exists()
+
+
+def test_an_image_that_is_written_to_is_not_copied(disk: Path) -> None:
+    """Unless that is insisted on."""
+    with peers.qemu_nbd(disk):
+        same("convert", disk, "new.raw")
+        assert not Path("new.raw").exists()
+        same("convert", "-U", disk, "new.raw")
+    assert Path("new.raw").read_bytes() == disk.read_bytes()
+
+
+def test_luks_both_ways(disk: Path) -> None:
+    """Through a format with a secret, in the order in which writes have to come; qemu-img reads it."""
+    key = ("--object", "secret,id=s,data=abc")
+    ok("convert", *key, "-O", "luks", "-o", "key-secret=s,iter-time=10", disk, "a.luks")
+    opened = "driver=luks,key-secret=s,file.driver=file,file.filename=a.luks"
+    theirs = qemu_img("convert", *key, "--image-opts", opened, "-O", "raw", "new.raw")
+    assert theirs.status == 0, theirs
+    assert Path("new.raw").read_bytes() == disk.read_bytes()
+    ok("convert", *key, "--image-opts", opened, "again.raw")
+    assert Path("again.raw").read_bytes() == disk.read_bytes()
+
+
+def test_from_and_to_a_server(disk: Path, make_disk: DiskMaker) -> None:
+    target = make_disk(10 * MIB, seed=7, name="target.raw")
+    with peers.qemu_nbd(disk, "-r") as source, peers.qemu_nbd(target) as server:
+        ok("convert", "-n", source.uri(), server.uri())
+    assert target.read_bytes() == disk.read_bytes()
+
+
+def test_a_signal_leaves_nothing_behind(random_disk: Path) -> None:
+    """As slow as it is told to be, it is ended on its way."""
+    command = [*PYNBD, "img", "convert", "-p", "-m", "1", "-r", "2M", str(random_disk), "new.raw"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    said = b""
+    while b"(25." not in said:
+        said += process.stdout.read(1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=peers.COMMAND_LIMIT_S)
+    assert (process.returncode, b"interrupted" in err) == (1, True), err
+    assert not Path("new.raw").exists()
+
+
+def test_an_unknown_cache_mode(disk: Path) -> None:
+    """It is refused before anything is made."""
+    assert "nonsense" in failure("convert", "-t", "nonsense", disk, "new.raw")
+    assert not Path("new.raw").exists()
+
+
+def test_help() -> None:
+    assert "size=<size>" in ok("convert", "-O", "raw", "-o", "help")

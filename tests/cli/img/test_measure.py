@@ -1,0 +1,36 @@
+"""`pynbd img measure` beside qemu-img's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.img.side_by_side import same
+
+
+@pytest.mark.parametrize("output", [(), ("--output=json",)])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("disk.raw",),
+        ("odd.raw",),
+        ("--size", "1G"),
+        ("--size", "1000"),
+        ("-O", "raw", "-f", "raw", "disk.raw"),
+        ("--size", "1G", "disk.raw"),
+        ("--size", "nonsense"),
+        ("-f", "raw", "--size", "1G"),
+        ("-O", "nonsense", "disk.raw"),
+        ("missing.raw",),
+        (),
+    ],
+)
+def test_raw(output: tuple[str, ...], words: tuple[str, ...], disk: Path, odd: Path) -> None:
+    same("measure", *output, *words)
+
+
+def test_luks(folder: Path) -> None:
+    """A format whose images are larger than the disk."""
+    key = ("--object", "secret,id=s,data=abc")
+    same("measure", *key, "-O", "luks", "-o", "key-secret=s", "--size", "1M")
