@@ -17,7 +17,7 @@ from pynbd.block.child import Child
 from pynbd.block.driver import ChildSpec, CreationOptions, Driver, ImageInfo, Location, Preallocation
 from pynbd.block.errors import BlockError, OptionError, PermissionConflict, io_error
 from pynbd.block.extents import Extent, Status
-from pynbd.block.families import Measurement
+from pynbd.block.families import Measurement, SnapshotInfo
 from pynbd.block.image_names import named_from
 from pynbd.block.limits import Limits
 from pynbd.block.options import NodeOptions, OnOff, Size
@@ -30,6 +30,8 @@ from pynbd.formats.qcow2.header import Header
 from pynbd.formats.qcow2.image import Image, read_header
 from pynbd.formats.qcow2.layout import CryptMethod, Incompatible
 from pynbd.formats.qcow2.mapping import DATA, NOWHERE, PACKED, ZEROES, ClusterMapping, Piece
+from pynbd.formats.qcow2.snapshots import SnapshotStore
+from pynbd.formats.qcow2.vm_state import VmState
 from pynbd.formats.qcow2.writing import Writer
 
 MAX_STATUS_RUNS = 1024
@@ -86,6 +88,8 @@ class Qcow2(Driver):
     image: Image
     map: ClusterMapping
     writer: Writer
+    snapshots: SnapshotStore
+    vm_state: VmState
     guest_file: Child
     """Where the guest's bytes lie: `file`, or `data-file`."""
 
@@ -138,6 +142,9 @@ class Qcow2(Driver):
         await image.load()
         self.map = ClusterMapping(image)
         self.writer = Writer(self)
+        self.snapshots = SnapshotStore(self)
+        self.vm_state = VmState(self)
+        await self.snapshots.load()
         self.size = header.size
         alignment = 1
         if header.crypt_method != CryptMethod.NONE:
@@ -333,6 +340,35 @@ class Qcow2(Driver):
     async def discard(self, offset: int, length: int) -> None:
         await self.writer.discard(offset, length)
 
+    # --- snapshots -----------------------------------------------------------------------------------------
+
+    def snapshot_list(self) -> Sequence[SnapshotInfo]:
+        """All snapshots, oldest first."""
+        return [snapshot.info() for snapshot in self.snapshots.entries]
+
+    async def snapshot_create(self, name: str, *, vm_clock_ns: int = 0) -> SnapshotInfo:
+        """Keep what the disk holds now, with the machine's state if one was saved; see `Snapshots`."""
+        snapshot = await self.snapshots.create(name, vm_clock_ns, self.vm_state.length)
+        self.vm_state.length = 0
+        return snapshot.info()
+
+    async def snapshot_goto(self, name_or_id: str) -> None:
+        """Let the disk hold what a snapshot keeps, and the state that it keeps be the one that is loaded."""
+        await self.snapshots.goto(self.snapshots.find(name_or_id))
+        self.vm_state.length = 0
+
+    async def snapshot_delete(self, name_or_id: str) -> None:
+        """Forget a snapshot; see `Snapshots`."""
+        await self.snapshots.delete(self.snapshots.find(name_or_id))
+
+    async def save_vmstate(self, offset: int, data: memoryview) -> None:
+        """Write into the state of a machine; see `VmStates`."""
+        await self.vm_state.save(offset, data)
+
+    async def load_vmstate(self, offset: int, into: memoryview) -> None:
+        """Read from it; what was not saved is zero."""
+        await self.vm_state.load(offset, into)
+
     # --- size and shape ------------------------------------------------------------------------------------
 
     async def truncate(self, size: int, preallocation: Preallocation, *, exact: bool) -> None:
@@ -391,7 +427,7 @@ class Qcow2(Driver):
             specific["encrypt"] = self.encryption.describe()
         return ImageInfo(
             cluster_size=header.cluster_size,
-            vm_state_offset=header.l1_entries_for(header.size) * self.map.reach,
+            vm_state_offset=self.vm_state.offset,
             dirty=Incompatible.DIRTY in header.incompatible,
             encrypted=header.crypt_method != CryptMethod.NONE,
             specific=specific,

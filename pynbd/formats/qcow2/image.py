@@ -100,7 +100,7 @@ class Image:
         self.cluster_size = header.cluster_size
         self.cluster_bits = header.cluster_bits
         self.l1: array[int] = array("Q")
-        self.l2 = TableCache(l2_cache // self.cluster_size, self._read_table)
+        self.l2 = TableCache(l2_cache // self.cluster_size, self.read_table)
         self.blocks = TableCache(refcount_cache // self.cluster_size, self._read_block)
         self.refcounts = Refcounts(header, array("Q"), self.blocks, name, self._may_use)
         self.metadata: set[int] = {0}
@@ -109,7 +109,7 @@ class Image:
         self.freed: list[Run] = []
         """Clusters that lose a reference once what pointed to them is gone from the disk as well."""
         self.fence: str | None = None
-        """Why nothing is written any more: the image is corrupt."""
+        """Why nothing is written any more: the image is corrupt, or its header can't be written."""
         self.lazy = False
         """Counts are written when the image is closed; until then it is marked dirty."""
         self.discard_freed = False
@@ -117,7 +117,8 @@ class Image:
         self._waiting: list[tuple[int, list[Run]]] = []
         self._epoch = 0
         self._readers: dict[int, int] = {}
-        self._lock = asyncio.Lock()
+        self.commit_lock = asyncio.Lock()
+        """Held by whoever writes tables: nobody else changes what they are on disk meanwhile."""
         self.fresh_from = 0
         """Host clusters from here on were never written since the file ends here: they read as zeroes."""
 
@@ -176,7 +177,15 @@ class Image:
             await self.file.read(offset, memoryview(data)[:inside], 0)
         return data
 
-    async def _read_table(self, offset: int) -> "array[int]":
+    async def read_table(self, offset: int) -> "array[int]":
+        """The entries of an L2 table, as they are in the file.
+
+        Raises:
+            OSError: it can't be read, or is not where it should be.
+        """
+        if offset & (self.cluster_size - 1):
+            what = f"an L1 table points to an L2 table here, expected a multiple of {self.cluster_size}"
+            raise await self.corrupted(what, offset)
         if offset + self.cluster_size > round_up(self.file.size, self.cluster_size):
             raise await self.corrupted(f"an L2 table lies here, but the file ends at {self.file.size}", offset)
         return from_disk(await self.read_bytes(offset, self.cluster_size))
@@ -213,18 +222,46 @@ class Image:
         """May the image be written to?
 
         Raises:
-            OSError: EIO, it is corrupt.
+            OSError: EIO, it may not: the text says why.
         """
         if self.fence is not None:
-            raise OSError(errno.EIO, f"{self.fence} (nothing is written to a corrupt image)")
+            raise OSError(errno.EIO, f"{self.fence} (nothing is written to the image any more)")
 
     # --- the header ----------------------------------------------------------------------------------------
 
     async def write_features(self) -> None:
         """Write the feature bits of the header, and make them durable."""
-        fields = build_fixed(self.header)[layout.V2_HEADER_BYTES : layout.V2_HEADER_BYTES + 24]
-        await self.file.write(layout.V2_HEADER_BYTES, memoryview(fields), 0)
+        await self.write_fields(layout.V2_HEADER_BYTES, layout.V2_HEADER_BYTES + 24)
+
+    async def write_fields(self, first: int, last: int) -> None:
+        """Write the bytes [first, last) of the header's fixed part, which are of one sector, and make them durable.
+
+        The backing file's place (bytes 8 to 20) is not to be among them.
+        """
+        await self.file.write(first, memoryview(build_fixed(self.header)[first:last]), 0)
         await self.file.flush()
+
+    async def change_fields(self, first: int, last: int, **fields: int) -> None:
+        """Change some fields of the header, which lie in the bytes [first, last) of its fixed part, in one write.
+
+        Raises:
+            OSError: it failed; they are as they were. Where nobody can tell what is on the disk, nothing is written to
+                the image any more.
+        """
+        old = {name: getattr(self.header, name) for name in fields}
+        try:
+            for name, value in fields.items():
+                setattr(self.header, name, value)
+            await self.write_fields(first, last)
+        except BaseException:
+            for name, value in old.items():
+                setattr(self.header, name, value)
+            try:
+                await self.write_fields(first, last)
+            except OSError as second:
+                self.fence = f"{self.name}: the header can't be written: {second}"
+                log.error("%s; nothing is written to the image any more", self.fence)
+            raise
 
     async def write_header(self) -> None:
         """Write the whole header, and make it durable: its first sector, which all else hangs on, last.
@@ -262,12 +299,7 @@ class Image:
         Raises:
             OSError: it can't be read, or is not where it should be.
         """
-        offset = self.l1[l1_index] & OFFSET_MASK
-        if offset & (self.cluster_size - 1):
-            raise await self.corrupted(
-                f"L1 entry {l1_index} points to an L2 table here, expected a multiple of {self.cluster_size}", offset
-            )
-        return await self.l2.load(l1_index, offset)
+        return await self.l2.load(l1_index, self.l1[l1_index] & OFFSET_MASK)
 
     async def writable_l2(self, l1_index: int) -> Table:
         """The L2 table of an L1 entry, made or copied if need be, so that it may be changed.
@@ -378,7 +410,7 @@ class Image:
         if self.is_clean:
             return
         self.check_fence()
-        async with self._lock:
+        async with self.commit_lock:
             if self.lazy:
                 await self.set_dirty(on=True)
             freed, self.freed = self.freed, []
@@ -414,12 +446,16 @@ class Image:
 
     async def write_counts_now(self) -> None:
         """Make the counts of all clusters that were taken durable, also those that would be written late."""
-        async with self._lock:
-            if self.lazy:
-                await self.set_dirty(on=True)
-            else:
-                await self._write_counts()
-            await self.barrier()
+        async with self.commit_lock:
+            await self.write_counts_locked()
+
+    async def write_counts_locked(self) -> None:
+        """The same for whoever holds `commit_lock`."""
+        if self.lazy:
+            await self.set_dirty(on=True)
+        else:
+            await self._write_counts()
+        await self.barrier()
 
     async def commit_all(self) -> None:
         """Write everything, also what the writing itself changes; nobody else is at work."""
@@ -428,7 +464,7 @@ class Image:
 
     async def close(self) -> None:
         """Write everything, with counts that were left for later."""
-        if self.lazy and Incompatible.DIRTY in self.header.incompatible and self.fence is None:
+        if Incompatible.DIRTY in self.header.incompatible and self.fence is None:
             await self.commit_all()
             self.lazy = False
             await self.commit_all()
@@ -517,9 +553,7 @@ class Image:
             await self.barrier()
             old = header.refcount_table_offset, header.refcount_table_clusters
             header.refcount_table_offset, header.refcount_table_clusters = offset, length >> self.cluster_bits
-            fields = build_fixed(header)[48:60]
-            await self.file.write(48, memoryview(fields), 0)
-            await self.barrier()
+            await self.write_fields(48, 60)
             written = True
         finally:
             self.blocks.give_back(taken, written=written)
@@ -544,9 +578,14 @@ class Image:
         while self._waiting and not any(epoch <= self._waiting[0][0] for epoch in self._readers):
             _, runs = self._waiting.pop(0)
             for run in runs:
-                await self._drop_references(run)
+                await self.drop_references(run)
 
-    async def _drop_references(self, run: Run) -> None:
+    async def drop_references(self, run: Run) -> None:
+        """Clusters lose a reference: nothing on disk points to them any more (see `give_up` for those where it does).
+
+        Raises:
+            OSError: counts can't be read, or the image is corrupt.
+        """
         try:
             if self.discard_freed:
                 # While they still count as used: who takes them next must not have his bytes discarded.

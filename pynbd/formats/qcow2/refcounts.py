@@ -122,6 +122,14 @@ class Refcounts:
             yield index, start, stop
             first += stop - start
 
+    async def counts(self, first: int, count: int) -> "array[int]":
+        """The counts of some clusters."""
+        found = array(TYPECODES[self.order])
+        for index, start, stop in self.by_block(first, count):
+            block = await self.block(index)
+            found += block.words[start:stop] if block is not None else array(found.typecode, [0]) * (stop - start)
+        return found
+
     async def used_once(self, run: Run) -> list[Run]:
         """Those of some clusters that would be free with one reference less."""
         found: list[Run] = []
@@ -136,22 +144,24 @@ class Refcounts:
 
     # --- changing ------------------------------------------------------------------------------------------
 
-    async def change(self, first: int, count: int, by: int) -> list[Run]:
+    async def change(self, first: int, count: int, by: int, *, in_use: bool = False) -> list[Run]:
         """Add to the counts of some clusters.
+
+        Args:
+            first, count: the clusters.
+            by: what to add.
+            in_use: they have a reference already; so it is wrong if nobody counted it.
 
         Returns:
             those that nobody uses any more.
 
         Raises:
             OSError: EFBIG if a count would not fit; nothing was changed.
-            ImageError: a count would become less than 0: the image is wrong; some were changed.
+            ImageError: a count would become less than 0: the image is wrong; some were changed. Or they were to be in
+                use, and one is not; nothing was changed.
         """
         if by > 0:
-            for index, start, stop in self.by_block(first, count):
-                block = await self.block(index)
-                if block is not None and max(block.words[start:stop]) + by > self.most:
-                    what = f"more than {self.most} references to a cluster ({1 << self.order} refcount bits)"
-                    raise io_error(errno.EFBIG, self.image, what)
+            await self._check_room(first, count, by, in_use=in_use)
         freed: list[Run] = []
         for index, start, stop in self.by_block(first, count):
             while await self.block(index) is None:
@@ -161,20 +171,41 @@ class Refcounts:
             # No await from here on: what follows is of one piece.
             block = self.blocks.get(index)
             assert block is not None
-            counts = block.words
             self.blocks.mark(index, start, stop)
-            for at in range(start, stop):
-                value = counts[at] + by
-                if value < 0:
-                    raise self._underflow(index * self.per_block + at)
-                counts[at] = value
-                if not value:
-                    join(freed, index * self.per_block + at)
-                    if index * self.per_block + at == self.packing:
-                        self.packing = -1
+            self._add(block.words, index * self.per_block, start, stop, by, freed)
         if freed:
             self.first_free = min(self.first_free, freed[0].first)
         return freed
+
+    async def _check_room(self, first: int, count: int, by: int, *, in_use: bool) -> None:
+        """Whether so many more references can be counted."""
+        for index, start, stop in self.by_block(first, count):
+            block = await self.block(index)
+            counts = block.words[start:stop] if block is not None else array("B", [0])
+            if in_use and 0 in counts:
+                offset = (index * self.per_block + start + counts.index(0)) * self.header.cluster_size
+                raise ImageError(self.image, "this cluster is in use, but nobody counted it", offset)
+            if max(counts) + by > self.most:
+                what = f"more than {self.most} references to a cluster ({1 << self.order} refcount bits)"
+                raise io_error(errno.EFBIG, self.image, what)
+
+    def _add(self, counts: "array[int]", base: int, start: int, stop: int, by: int, freed: list[Run]) -> None:
+        """Add to the entries [start, stop) of the block whose first cluster is `base`; notes what becomes free."""
+        piece = counts[start:stop]
+        value = piece[0] + by
+        if value > 0 and piece.count(piece[0]) == stop - start:
+            # Neighbours mostly have the same count; then this is faster by far.
+            counts[start:stop] = array(counts.typecode, [value]) * (stop - start)
+            return
+        for at in range(start, stop):
+            value = counts[at] + by
+            if value < 0:
+                raise self._underflow(base + at)
+            counts[at] = value
+            if not value:
+                join(freed, base + at)
+                if base + at == self.packing:
+                    self.packing = -1
 
     def _underflow(self, cluster: int) -> ImageError:
         offset = cluster * self.header.cluster_size

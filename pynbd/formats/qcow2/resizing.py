@@ -1,6 +1,5 @@
 """Another length of the disk, and what lies on it taken away."""
 
-from array import array
 from typing import TYPE_CHECKING
 
 from pynbd.block.alignment import round_down, round_up
@@ -8,10 +7,10 @@ from pynbd.block.driver import Preallocation
 from pynbd.block.errors import OptionError, unsupported
 from pynbd.block.options import MAX_SIZE_BYTES
 from pynbd.formats.qcow2 import layout
+from pynbd.formats.qcow2.active_l1 import grow_l1
 from pynbd.formats.qcow2.header import build_fixed
 from pynbd.formats.qcow2.layout import COPIED, OFFSET_MASK, SUBCLUSTERS_ALL_ALLOCATED
 from pynbd.formats.qcow2.refcounts import Run
-from pynbd.formats.qcow2.tables import to_disk
 
 if TYPE_CHECKING:
     from pynbd.formats.qcow2.driver import Qcow2
@@ -28,6 +27,8 @@ async def truncate(driver: "Qcow2", size: int, preallocation: Preallocation) -> 
     if driver.header.nb_snapshots and driver.header.version < 3:
         raise unsupported(driver.node.name, "resize of an image of compat 0.10 that has snapshots")
     async with driver.writer.track(min(size, driver.size), MAX_SIZE_BYTES, exclusive=True):
+        # It begins where the L1 entries of the disk end, and would become part of a larger one.
+        await driver.snapshots.forget_vm_state()
         if size < driver.size:
             if preallocation is not Preallocation.OFF:
                 raise unsupported(driver.node.name, "preallocation for a disk that is made shorter")
@@ -65,7 +66,7 @@ async def _grow(driver: "Qcow2", size: int, preallocation: Preallocation) -> Non
         raise OptionError(f"size: {size} bytes are too many for clusters of {image.cluster_size}: at most {most}")
     if preallocation is not Preallocation.OFF and "backing" in driver.node.children:
         raise unsupported(driver.node.name, "preallocation over a backing file")
-    await _grow_l1(driver, entries)
+    await grow_l1(image, entries)
     if header.has_data_file and driver.guest_file.size < size:
         await driver.guest_file.node.truncate(size, Preallocation.OFF, exact=False)
     # What the last cluster holds behind the old end, and what the backing file has there, was never the guest's.
@@ -95,28 +96,6 @@ async def _write_size(driver: "Qcow2") -> None:
     fields = build_fixed(driver.header)[24:32]
     await driver.file.write(24, memoryview(fields), 0)
     await driver.file.flush()
-
-
-async def _grow_l1(driver: "Qcow2", entries: int) -> None:
-    """Make the L1 table longer: in its clusters if there is room, else at another place."""
-    image, header = driver.image, driver.header
-    if entries <= len(image.l1):
-        return
-    await image.commit_all()
-    old_offset, old_bytes = header.l1_table_offset, header.l1_size * 8
-    words = image.l1 + array("Q", bytes(8 * (entries - len(image.l1))))
-    offset = old_offset
-    if entries * 8 > round_up(old_bytes, image.cluster_size):
-        offset = await image.allocate_metadata(entries * 8)
-    data = to_disk(words)
-    await image.write_metadata(offset, data.ljust(round_up(len(data), image.cluster_size), b"\0"))
-    await image.write_counts_now()
-    image.l1[:] = words
-    header.l1_table_offset, header.l1_size = offset, entries
-    await driver.file.write(36, memoryview(build_fixed(header)[36:48]), 0)
-    await driver.file.flush()
-    if offset != old_offset and old_bytes:
-        image.give_up(old_offset, old_bytes)
 
 
 async def _preallocate(driver: "Qcow2", old: int, size: int, preallocation: Preallocation) -> None:

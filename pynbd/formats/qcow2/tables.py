@@ -105,6 +105,11 @@ class TableCache:
         self.tables.pop(index, None)
         self.dirty.pop(index, None)
 
+    def forget_all(self) -> None:
+        """Drop all tables: others have taken their places."""
+        self.tables.clear()
+        self.dirty.clear()
+
     def mark(self, index: int, first: int, last: int) -> None:
         """The entries [first, last) of a table were changed."""
         table = self.tables[index]

@@ -109,10 +109,10 @@ class Writer:
         start, end = offset, offset + len(data)
         while start < end:
             piece = await self.map.piece(start, end)
-            await self._write_host(piece.host, start, data[start - offset : piece.stop - offset])
+            await self.write_host(piece.host, start, data[start - offset : piece.stop - offset])
             start = piece.stop
 
-    async def _write_host(self, host: int, offset: int, data: memoryview) -> None:
+    async def write_host(self, host: int, offset: int, data: memoryview) -> None:
         """Write bytes of the disk (which are at `offset` there) where they lie in the file."""
         if self._hits_metadata(host, len(data)):
             what = "guest data are about to be written over the image's own structures"
@@ -146,7 +146,7 @@ class Writer:
         while start < end:
             piece = await self.map.piece(start, end)
             if piece.own:
-                await self._write_host(piece.host, start, data[start - offset : piece.stop - offset])
+                await self.write_host(piece.host, start, data[start - offset : piece.stop - offset])
                 start = piece.stop
                 continue
             stop = await self._end_of_foreign(piece.stop, min(end, round_down(start, self.map.reach) + self.map.reach))
@@ -214,17 +214,17 @@ class Writer:
         # A data file has the length of the disk, which may end within a cluster.
         top = min(high, self.driver.size) if self.has_data_file else high
         if low == offset and top == end:
-            await self._write_host(host + low - base, low, data)
+            await self.write_host(host + low - base, low, data)
         else:
             around = await self._around(low, offset, end, top)
             if around is None and fresh and self.driver.encryption is None:
-                await self._write_host(host + offset - base, offset, data)
+                await self.write_host(host + offset - base, offset, data)
             else:
                 whole = around or bytearray(top - low)
                 whole[offset - low : end - low] = data
                 self.driver.file.node.driver.debug_event("cow_write")
-                await self._write_host(host + low - base, low, memoryview(whole))
-        await self._point(low, high, host, owned=owned)
+                await self.write_host(host + low - base, low, memoryview(whole))
+        await self.point(low, high, host, owned=owned)
 
     async def _with_old_units(self, low: int, high: int) -> tuple[int, int]:
         """A range made wider, so that no subcluster of a shared cluster is left behind."""
@@ -263,7 +263,7 @@ class Writer:
         backing = self.driver.node.children.get("backing")
         return backing is None or offset >= backing.size
 
-    async def _point(self, low: int, high: int, host: int, *, owned: bool) -> None:
+    async def point(self, low: int, high: int, host: int, *, owned: bool) -> None:
         """Let the entries of the clusters in [low, high) point to host clusters, whose data were written."""
         cluster, words_each = self.cluster, self.map.words
         first, last = low // cluster, -(-high // cluster)

@@ -113,3 +113,29 @@ async def test_compressed_clusters_are_refused(graph: Graph, tmp_path: Path) -> 
     with pytest.raises(OSError, match="encrypted image"):
         await work.backend.write(0, memoryview(bytes(65536)), 32)
     await work.close()
+
+
+@pytest.mark.parametrize("kind", ["luks", "aes"])
+async def test_snapshots_and_the_state_of_a_machine(graph: Graph, tmp_path: Path, kind: str) -> None:
+    """What snapshots keep is encrypted like the disk, whatever pieces a state is written in."""
+    path = tmp_path / "kept.qcow2"
+    qemu("qemu-img", "create", "-q", *qemu_secrets(), "-f", "qcow2", "-o", options_of(kind), path, str(SIZE))
+    work = await Workload.opened(graph, description(path), bytes(SIZE), seed=3)
+    for _ in range(10):
+        await work.round(4, compressed=False)
+    before, state = bytes(work.model), work.random.randbytes(200_003)
+    for at in range(0, len(state), 30_001):
+        await work.driver.save_vmstate(at, memoryview(state)[at : at + 30_001])
+    await work.driver.snapshot_create("one")
+    assert state[:64] not in path.read_bytes()
+    for _ in range(10):
+        await work.round(4, compressed=False)
+    await work.driver.snapshot_goto("one")
+    work.model[:] = before
+    await work.check()
+    found = bytearray(len(state) - 7)
+    await work.driver.load_vmstate(7, memoryview(found))
+    assert found == state[7:]
+    await work.close()
+    assert is_sound(path, kind)
+    assert read_by_qemu(path, kind) == before

@@ -1,0 +1,261 @@
+"""The references that a whole L1 table holds: to its L2 tables, and through them to clusters of data.
+
+Snapshots share all of that. What is shared has a count of more than 1 and no COPIED flag, so that whoever writes takes
+another cluster. Counts and flags of many tables can't change at once: `in_doubt` marks the image meanwhile.
+"""
+
+import contextlib
+import logging
+import sys
+from array import array
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+
+from pynbd.block.errors import ImageError
+from pynbd.formats.qcow2.image import Image
+from pynbd.formats.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK
+from pynbd.formats.qcow2.mapping import ClusterMapping
+from pynbd.formats.qcow2.refcounts import Run, join
+from pynbd.formats.qcow2.tables import to_disk
+
+log = logging.getLogger(__name__)
+
+PLACE = COPIED | OFFSET_MASK
+
+MAX_CHANGED_TABLES = 256
+"""L2 tables that are changed before they are written."""
+
+
+@contextlib.asynccontextmanager
+async def in_doubt(image: Image) -> AsyncIterator[None]:
+    """Counts and flags are going to change in many steps: what a crash leaves of them is repaired when the image is
+    opened again. (Images of compat 0.10 can't be marked; the steps are such that clusters leak at worst.)
+
+    Everything is on disk when it ends. If it does not get there, the mark stays until the image is closed.
+    """
+    marked = image.header.version >= 3
+    if marked:
+        await image.set_dirty(on=True)
+    try:
+        yield
+    finally:
+        await image.commit_all()
+        await image.barrier()
+        if marked and not image.lazy:
+            await image.set_dirty(on=False)
+
+
+def data_runs(words: "array[int]", step: int, cluster: int) -> Iterator[tuple[int, int, int]]:
+    """(index, clusters, entry) of all runs of entries whose host clusters follow each other, and whose flags are alike.
+
+    Args:
+        words: of an L2 table.
+        step: words of an entry.
+        cluster: bytes of a cluster.
+    """
+    begin = count = first = 0
+    expected = -1
+    for index, entry in enumerate(words[::step] if step > 1 else words):
+        place = entry & PLACE
+        if place == expected and not entry & COMPRESSED:
+            count += 1
+            expected += cluster
+            continue
+        if count:
+            yield begin, count, first
+            count, expected = 0, -1
+        if place & OFFSET_MASK and not entry & COMPRESSED:
+            begin, count, first, expected = index, 1, place, place + cluster
+    if count:
+        yield begin, count, first
+
+
+class References:
+    """What L1 tables of one image refer to. Nobody else is at work on the image meanwhile.
+
+    Args:
+        image: the image.
+        map: its mapping.
+    """
+
+    def __init__(self, image: Image, map: ClusterMapping) -> None:
+        self.image = image
+        self.map = map
+        bitmap = b"\xff" * 8 * (map.words - 1)
+        entry = (COPIED - 1).to_bytes(8, sys.byteorder) + bitmap
+        self._all_but_copied = int.from_bytes(entry * (map.cluster // len(entry)), sys.byteorder)
+
+    async def table(self, l1_index: int, offset: int) -> "array[int]":
+        """The entries of an L2 table of any L1 table: not to be changed.
+
+        Raises:
+            OSError: it can't be read.
+        """
+        active = self.image.l1
+        if l1_index < len(active) and active[l1_index] & OFFSET_MASK == offset:
+            return (await self.image.l2_table(l1_index)).words
+        return await self.image.read_table(offset)
+
+    # --- counts --------------------------------------------------------------------------------------------
+
+    async def _runs(self, l1_index: int, offset: int) -> list[tuple[Run, int]]:
+        """(clusters, references to each) of an L2 table, its own cluster among them."""
+        bits, cluster = self.map.bits, self.map.cluster
+        words = await self.table(l1_index, offset)
+        found = [(Run(offset >> bits, 1), 1)]
+        for index, count, entry in data_runs(words, self.map.words, cluster):
+            host = entry & OFFSET_MASK
+            if host & (cluster - 1):
+                what = f"entry {index} points to a cluster at {host:#x}, expected a multiple of {cluster}"
+                raise await self.image.corrupted(what, offset)
+            found.append((Run(host >> bits, count), 1))
+        packed: dict[int, int] = {}
+        for entry in words[:: self.map.words]:
+            if entry & COMPRESSED:
+                place, length = self.map.compressed_place(entry)
+                for number in range(place >> bits, ((place + length - 1) >> bits) + 1):
+                    packed[number] = packed.get(number, 0) + 1
+        found += grouped(packed)
+        return found
+
+    async def add(self, l1: "array[int]") -> None:
+        """Another L1 table with the same entries is going to be: all that they lead to gets one more reference.
+
+        Raises:
+            OSError: EFBIG, a count would not fit; or something can't be read. The counts are as they were.
+        """
+        done = 0
+        try:
+            for index, entry in enumerate(l1):
+                if entry & OFFSET_MASK:
+                    await self._add_table(index, entry & OFFSET_MASK)
+                done = index + 1
+        except BaseException:
+            await self.take_back(l1[:done])
+            raise
+
+    async def _add_table(self, l1_index: int, offset: int) -> None:
+        image = self.image
+        counts, applied = image.refcounts, list[tuple[Run, int]]()
+        try:
+            for run, times in await self._runs(l1_index, offset):
+                await counts.change(run.first, run.clusters, times, in_use=True)
+                applied.append((run, times))
+        except BaseException as problem:
+            for run, times in applied:
+                await counts.change(run.first, run.clusters, -times)
+            if isinstance(problem, ImageError):
+                raise await image.corrupted(problem.problem, problem.offset, writing=True) from problem
+            raise
+        image.metadata.add(offset >> image.cluster_bits)
+        await self._relieve()
+
+    async def take_back(self, l1: "array[int]") -> None:
+        """The opposite of `add`, for something that failed; at worst clusters leak."""
+        try:
+            await self.drop(l1)
+        except OSError as problem:
+            log.error(
+                "%s: clusters leak, for something failed while something else was undone: %s", self.image.name, problem
+            )
+
+    async def drop(self, l1: "array[int]") -> None:
+        """An L1 table is gone from the disk: all that it led to loses a reference.
+
+        Raises:
+            OSError: counts or tables can't be read; the rest leaks.
+        """
+        for index, entry in enumerate(l1):
+            if not entry & OFFSET_MASK:
+                continue
+            for run, times in await self._runs(index, entry & OFFSET_MASK):
+                for _ in range(times):
+                    await self.image.drop_references(run)
+            await self._relieve()
+
+    async def _relieve(self) -> None:
+        """Write counts, if too many blocks of them wait for that."""
+        if len(self.image.blocks.dirty) > self.image.blocks.most // 2:
+            await self.image.commit()
+
+    # --- flags ---------------------------------------------------------------------------------------------
+
+    def without_copied(self, words: "array[int]") -> "array[int]":
+        """The entries of an L2 table without any COPIED flag."""
+        cleared = int.from_bytes(words.tobytes(), sys.byteorder) & self._all_but_copied
+        return array("Q", cleared.to_bytes(len(words) * 8, sys.byteorder))
+
+    async def clear_copied(self) -> None:
+        """All that the active L1 table leads to is shared from now on."""
+        image = self.image
+        for index in self.tables():
+            words = await self.changeable(index)
+            cleared = self.without_copied(words)
+            if cleared != words:
+                words[:] = cleared
+                image.l2.mark(index, 0, len(words))
+            self._set_l1_copied(index, on=False)
+
+    async def clear_copied_below(self, l1: "array[int]") -> None:
+        """The same for another L1 table: its L2 tables are changed on disk."""
+        for index, entry in enumerate(l1):
+            offset = entry & OFFSET_MASK
+            if not offset:
+                continue
+            words = await self.table(index, offset)
+            cleared = self.without_copied(words)
+            if cleared != words:
+                await self._write_table(index, offset, cleared)
+
+    async def _write_table(self, l1_index: int, offset: int, words: "array[int]") -> None:
+        image = self.image
+        image.metadata.add(offset >> image.cluster_bits)
+        await image.write_metadata(offset, to_disk(words))
+        if l1_index < len(image.l1) and image.l1[l1_index] & OFFSET_MASK == offset:
+            image.l2.forget(l1_index)
+
+    async def restore_copied(self, indexes: Iterable[int]) -> None:
+        """Set or clear the COPIED flags of some L2 tables of the active L1 table as the counts say."""
+        image, step, cluster, bits = self.image, self.map.words, self.map.cluster, self.map.bits
+        for index in indexes:
+            words = await self.changeable(index)
+            first, last = len(words), 0
+            for at, count, entry in list(data_runs(words, step, cluster)):
+                counts = await image.refcounts.counts((entry & OFFSET_MASK) >> bits, count)
+                if counts.count(1) == (count if entry & COPIED else 0):
+                    continue
+                words = await self.changeable(index)  # it may have been read anew
+                for number in range(count):
+                    place = words[(at + number) * step]
+                    words[(at + number) * step] = place | COPIED if counts[number] == 1 else place & ~COPIED
+                first, last = min(first, at * step), max(last, (at + count) * step)
+                image.l2.mark(index, first, last)
+            self._set_l1_copied(index, on=await image.refcounts.get((image.l1[index] & OFFSET_MASK) >> bits) == 1)
+
+    def tables(self) -> list[int]:
+        """The indexes of the active L1 table that lead to an L2 table."""
+        return [index for index, entry in enumerate(self.image.l1) if entry & OFFSET_MASK]
+
+    async def changeable(self, l1_index: int) -> "array[int]":
+        """The entries of an L2 table of the active L1 table, to be changed where they are before the next `await`."""
+        image = self.image
+        if len(image.l2.dirty) > min(image.l2.most // 2, MAX_CHANGED_TABLES):
+            await image.commit()
+        return (await image.l2_table(l1_index)).words
+
+    def _set_l1_copied(self, l1_index: int, *, on: bool) -> None:
+        entry = self.image.l1[l1_index]
+        wanted = entry | COPIED if on else entry & ~COPIED
+        if wanted != entry:
+            self.image.l1[l1_index] = wanted
+            self.image.dirty_l1.add(l1_index)
+
+
+def grouped(references: Mapping[int, int]) -> Iterator[tuple[Run, int]]:
+    """(clusters, references to each) from the references of single clusters."""
+    times, runs = 0, list[Run]()
+    for cluster in sorted(references):
+        if references[cluster] != times:
+            yield from ((run, times) for run in runs)
+            times, runs = references[cluster], []
+        join(runs, cluster)
+    yield from ((run, times) for run in runs)
