@@ -12,6 +12,10 @@ from pynbd import __version__
 from pynbd.cli import Parser, Verb
 
 VERBS = {
+    "amend": Verb("pynbd.cli.img.amend", "change options of an image"),
+    "bench": Verb("pynbd.cli.img.bench", "time requests to a disk"),
+    "check": Verb("pynbd.cli.img.check", "tell whether an image is sound, and mend it"),
+    "commit": Verb("pynbd.cli.img.commit", "write what an image holds into its backing file"),
     "compare": Verb("pynbd.cli.img.compare", "tell whether two images hold the same disk"),
     "convert": Verb("pynbd.cli.img.convert", "copy a disk into an image of any format"),
     "create": Verb("pynbd.cli.img.create", "make an image"),
@@ -19,7 +23,9 @@ VERBS = {
     "info": Verb("pynbd.cli.img.info", "tell what an image is"),
     "map": Verb("pynbd.cli.img.map", "tell where the bytes of a disk lie"),
     "measure": Verb("pynbd.cli.img.measure", "tell how large a new image would be"),
+    "rebase": Verb("pynbd.cli.img.rebase", "give an image another backing file"),
     "resize": Verb("pynbd.cli.img.resize", "change the size of a disk"),
+    "snapshot": Verb("pynbd.cli.img.snapshot", "list, make, apply and delete internal snapshots"),
 }
 
 

@@ -10,6 +10,8 @@ from pynbd.cli.img import arguments as common
 from pynbd.cli.objects import add_object_argument
 
 if TYPE_CHECKING:
+    from msgspec import Struct
+
     from pynbd.block.driver import Driver
     from pynbd.block.graph import Graph
     from pynbd.cli.img.creation import NewImage
@@ -139,12 +141,16 @@ def _told(new: NewImage) -> Iterator[tuple[str, Any]]:
 
 def option_lines(kind: type[Driver]) -> Iterator[str]:
     """What `-o help` tells of a format."""
+    assert kind.CreateOptions is not None
+    yield f"Supported {kind.name} options:"
+    yield from option_lines_of(kind.CreateOptions)
+
+
+def option_lines_of(options: type[Struct]) -> Iterator[str]:
+    """A line for each option of a struct, those of structs inside it as well, in alphabetical order."""
     from pynbd.cli.driver_reference import argument_texts
 
-    assert kind.CreateOptions is not None
-    texts = argument_texts(kind.CreateOptions)
-    yield f"Supported {kind.name} options:"
-    yield from sorted(_option_lines(kind.CreateOptions, texts, ""))
+    yield from sorted(_option_lines(options, argument_texts(options), ""))
 
 
 def _option_lines(options: Any, texts: Mapping[str, str], prefix: str) -> Iterator[str]:

@@ -125,7 +125,8 @@ async def open_node(
             )
         yield node
     finally:
-        await graph.close(node)
+        if node.opened:  # an image over it takes it along when it is closed
+            await graph.close(node)
 
 
 @contextlib.asynccontextmanager

@@ -1,0 +1,61 @@
+"""`pynbd img amend`: other options for an image that is there."""
+
+from __future__ import annotations
+
+import argparse
+
+from pynbd.cli.img import arguments as common
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the verb takes."""
+    common.add_words(parser, "-o OPTIONS FILENAME")
+    common.add_image(parser)
+    common.add_creation_options(parser)
+    common.add_cache(parser, "-t", "cache", "writeback", "the image")
+    common.add_progress(parser)
+    common.add_quiet(parser)
+    parser.add_argument("--force", action="store_true", help="allow what can't be undone: erasing the last key")
+
+
+async def run(arguments: argparse.Namespace) -> int:
+    """Carry the verb out; its exit status."""
+    from pynbd.block import registry
+    from pynbd.block.drain import drained
+    from pynbd.block.errors import OptionError
+    from pynbd.block.families import Amendable
+    from pynbd.cli.img.create import option_lines_of
+    from pynbd.cli.img.images import describe, open_node
+    from pynbd.cli.progress import shown
+
+    if not arguments.options:
+        raise OptionError("the options are missing: give -o")
+    wants_help = common.asks_for_help(arguments.options)
+    if wants_help and arguments.format:
+        kind = registry.driver_class(arguments.format)
+        options = getattr(kind, "AmendOptions", None)
+        if options is None:
+            raise OptionError(f"format {arguments.format!r} has no options that can be changed")
+        print(f"Amend options for '{kind.name}':")
+        print("\n".join(option_lines_of(options)))
+        return 0
+    graph = common.new_graph(arguments)
+    (filename,) = common.expect(arguments.words, 1, "one image file name")
+    changes = common.parse_creation_options(arguments.options)
+    if arguments.force:
+        changes["force"] = "on"
+    tree = describe(graph, filename, arguments.format, image_opts=arguments.image_opts)
+    done, total = 0, 1
+
+    def progress(now: int, whole: int) -> None:
+        nonlocal done, total
+        done, total = now, max(whole, 1)
+
+    async with open_node(graph, tree, writing=True, cache=arguments.cache) as node:
+        if not isinstance(node.driver, Amendable):
+            raise OptionError(f"{filename}: format {node.driver.name!r} has no options that can be changed")
+        wanted = arguments.progress and not arguments.quiet
+        with shown(1000, lambda: 1000 * done // total, wanted=wanted):
+            async with drained(node):
+                await node.driver.amend(changes, progress)
+    return 0

@@ -1,0 +1,157 @@
+"""`pynbd img commit`: write what an image holds into one of its backing files."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pynbd.cli.img import arguments as common
+
+if TYPE_CHECKING:
+    from pynbd.block.extents import ChainExtent
+    from pynbd.block.graph import Graph
+    from pynbd.block.node import Node
+    from pynbd.cli.img.images import Image
+
+REQUESTS = 8
+PIECE_BYTES = 2 << 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the verb takes."""
+    common.add_words(parser, "FILENAME")
+    common.add_image(parser)
+    common.add_cache(parser, "-t", "cache", "writeback", "the image")
+    parser.add_argument("-b", dest="base", metavar="FILE", help="the backing file that is written to (the nearest)")
+    parser.add_argument("-d", dest="keep", action="store_true", help="do not empty the image afterwards")
+    parser.add_argument("-r", dest="rate", metavar="SIZE", help="bytes per second, at the most")
+    common.add_progress(parser)
+    common.add_quiet(parser)
+
+
+async def run(arguments: argparse.Namespace) -> int:
+    """Carry the verb out; its exit status."""
+    from pynbd.block.errors import BlockError
+    from pynbd.cli.img.chain import backing_trees
+    from pynbd.cli.img.images import describe
+    from pynbd.cli.interruption import Interruption
+
+    graph = common.new_graph(arguments)
+    (filename,) = common.expect(arguments.words, 1, "one image file name")
+    tree = describe(graph, filename, arguments.format, image_opts=arguments.image_opts)
+    below = await backing_trees(graph, tree)
+    if not below:
+        raise BlockError(f"{filename}: the image has no backing file")
+    depth = _depth(below, arguments.base, filename)
+    interruption = Interruption()
+    with interruption.listening():
+        async with contextlib.AsyncExitStack() as opened:
+            base, top = await _open(graph, tree, below, depth, arguments.cache, opened)
+            await _commit(graph, arguments, top, base, interruption)
+    if not arguments.quiet:
+        print("Image committed.")
+    return 0
+
+
+def _depth(below: Sequence[dict[str, Any]], base: str | None, filename: str) -> int:
+    """Which of the backing files is meant.
+
+    Raises:
+        BlockError: none is.
+    """
+    from pynbd.block.errors import BlockError
+
+    if base is None:
+        return 0
+    for depth, tree in enumerate(below):
+        if tree.get("file", tree).get("filename") == base:
+            return depth
+    raise BlockError(f"{base!r} is not among the backing files of {filename}")
+
+
+async def _open(
+    graph: Graph,
+    tree: dict[str, Any],
+    below: Sequence[dict[str, Any]],
+    depth: int,
+    cache: str,
+    opened: contextlib.AsyncExitStack,
+) -> tuple[Node, Node]:
+    """(base, top): the chain, with the base open for writing and what is below it as always."""
+    from pynbd.cli.img.chain import opened_over
+    from pynbd.cli.img.images import open_node
+
+    base = await opened.enter_async_context(open_node(graph, below[depth], writing=True, cache=cache, trusted=False))
+    node = base
+    for between in reversed(below[:depth]):
+        node = await opened.enter_async_context(
+            opened_over(graph, between, node, writing=False, cache=cache, trusted=False)
+        )
+    top = await opened.enter_async_context(opened_over(graph, tree, node, writing=True, cache=cache, trusted=True))
+    return base, top
+
+
+class Above:
+    """What an image holds above a base.
+
+    Args:
+        image: the image.
+        base: the backing file where it ends.
+    """
+
+    def __init__(self, image: Image, base: Node) -> None:
+        self._image = image
+        self._base = base
+
+    @property
+    def size(self) -> int:
+        """The length of the disk in bytes."""
+        return self._image.size
+
+    async def read(self, offset: int, into: memoryview) -> None:
+        """Fill `into`."""
+        await self._image.read(offset, into)
+
+    async def block_status(self, offset: int, length: int) -> Sequence[ChainExtent]:
+        """What lies where; of depth 0 is what the base has already."""
+        return await self._image.block_status(offset, length, self._base)
+
+
+async def _commit(graph: Graph, arguments: argparse.Namespace, top: Node, base: Node, interruption: Any) -> None:
+    from pynbd.block.drain import drained
+    from pynbd.block.errors import BlockError
+    from pynbd.block.families import Emptiable
+    from pynbd.block.options import parse_size
+    from pynbd.block.permissions import Permission
+    from pynbd.cli.copier import Copier
+    from pynbd.cli.img.images import attached
+    from pynbd.cli.progress import shown
+
+    async with (
+        # The base changes under the image, but only to what the image shows already.
+        attached(graph, top, "commit (source)", shared=Permission.ALL) as source,
+        attached(
+            graph, base, "commit (target)", writing=True, resizing=True, cache=arguments.cache, shared=Permission.ALL
+        ) as target,
+    ):
+        if target.node.size < source.size:
+            await target.backend.truncate(source.size)
+        copier = Copier(
+            Above(source, base),
+            target.backend,
+            requests=REQUESTS,
+            request_bytes=PIECE_BYTES,
+            in_order=base.driver.name != "raw",
+            bytes_per_s=parse_size(arguments.rate, what="-r") if arguments.rate is not None else 0,
+        )
+        wanted = arguments.progress and not arguments.quiet
+        with interruption.stops(copier), shown(source.size, lambda: copier.done_bytes, wanted=wanted):
+            await copier.run()
+            if copier.stopped:
+                raise BlockError(f"interrupted; {arguments.words[0]} is as it was, its base holds a part of it")
+            await target.backend.flush()
+    if not arguments.keep and arguments.base is None and isinstance(top.driver, Emptiable):
+        async with drained(top):
+            await top.driver.make_empty()

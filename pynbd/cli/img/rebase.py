@@ -1,0 +1,184 @@
+"""`pynbd img rebase`: another backing file for an image, whose disk stays the same unless `-u` says otherwise."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING
+
+from pynbd.cli.img import arguments as common
+
+if TYPE_CHECKING:
+    from pynbd.block.graph import Graph
+    from pynbd.block.node import Node
+    from pynbd.cli.img.images import Image
+
+PIECE_BYTES = 2 << 20
+STATUS_BYTES = 1 << 30
+MIN_UNIT_BYTES = 65536
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the verb takes."""
+    common.add_words(parser, "[-u] -b BACKING [-F FORMAT] FILENAME")
+    common.add_image(parser)
+    parser.add_argument("-b", dest="backing", metavar="FILE", help='the new backing file ("" for none)')
+    parser.add_argument("-F", dest="backing_format", default="", metavar="FORMAT", help="its format")
+    parser.add_argument("-u", dest="unsafe", action="store_true", help="change the name only, whatever the disk shows")
+    common.add_cache(parser, "-t", "cache", "writeback", "the image")
+    common.add_cache(parser, "-T", "source_cache", "writeback", "backing files")
+    common.add_progress(parser)
+    common.add_quiet(parser)
+    common.add_force_share(parser)
+
+
+async def run(arguments: argparse.Namespace) -> int:
+    """Carry the verb out; its exit status."""
+    from pynbd.block import registry
+    from pynbd.block.errors import BlockError, OptionError
+    from pynbd.block.families import Backed
+    from pynbd.cli.img.images import describe, open_node
+
+    graph = common.new_graph(arguments)
+    (filename,) = common.expect(arguments.words, 1, "one image file name")
+    if arguments.backing is None and not arguments.unsafe:
+        raise OptionError("the new backing file is missing: give -b, or -u for none")
+    if arguments.backing_format:
+        registry.driver_class(arguments.backing_format)
+    backing = arguments.backing or ""
+    tree = describe(graph, filename, arguments.format, image_opts=arguments.image_opts)
+    if arguments.unsafe:
+        tree = {"backing": None, **tree}
+    async with open_node(graph, tree, writing=True, cache=arguments.cache) as node:
+        if not isinstance(node.driver, Backed):
+            raise BlockError(f"{filename}: format {node.driver.name!r} has no backing files")
+        if backing and not arguments.backing_format:
+            raise OptionError(f"backing file {backing!r} without its format: give it with -F")
+        if not arguments.unsafe:
+            await _keep_what_differs(graph, arguments, node)
+        await node.driver.change_backing_file(backing, arguments.backing_format)
+    return 0
+
+
+async def _keep_what_differs(graph: Graph, arguments: argparse.Namespace, node: Node) -> None:
+    """Write into the image what the old backing file shows and the new one does not."""
+    from pynbd.block.image_names import named_from
+    from pynbd.cli.img.images import attached, open_image
+    from pynbd.cli.progress import shown
+
+    async with contextlib.AsyncExitStack() as opened:
+        image = await opened.enter_async_context(
+            attached(graph, node, arguments.words[0], writing=True, cache=arguments.cache)
+        )
+        old = new = base = None
+        below = node.backing()
+        if below is not None:
+            old = await opened.enter_async_context(attached(graph, below, "the old backing file"))
+        if arguments.backing:
+            name = named_from(node.filename(), arguments.backing)
+            base = _in_chain(below, name)
+            new = await opened.enter_async_context(
+                attached(graph, base, "the new backing file")
+                if base is not None
+                else open_image(graph, name, format=arguments.backing_format, cache=arguments.source_cache)
+            )
+        unit = max((await node.info()).cluster_size, MIN_UNIT_BYTES)
+        work = Rebase(image, old, new, base, unit)
+        with shown(image.size, lambda: work.done_bytes, wanted=arguments.progress and not arguments.quiet):
+            await work.run()
+            await image.backend.flush()
+
+
+def _in_chain(node: Node | None, name: str) -> Node | None:
+    """The image of that file name among some image and its backing files."""
+    while node is not None and node.filename() != name:
+        node = node.backing()
+    return node
+
+
+class Rebase:
+    """An image that gets another backing file.
+
+    Args:
+        image: the image, still over its old backing file.
+        old, new: what lies below it now and then, if anything does.
+        base: the new one, if it is in the old one's chain: then what it holds shows through as before.
+        unit: bytes that are compared, and written if they differ.
+    """
+
+    def __init__(self, image: Image, old: Image | None, new: Image | None, base: Node | None, unit: int) -> None:
+        self.done_bytes = 0
+        self._image, self._old, self._new = image, old, new
+        self._base = base
+        self._unit = unit
+
+    async def run(self) -> None:
+        """Write what has to be written.
+
+        Raises:
+            OSError: something can't be read or written; the disk still shows what it did.
+        """
+        offset, size = 0, self._image.size
+        buffers = [memoryview(bytearray(PIECE_BYTES)) for _ in range(2)]
+        while offset < size:
+            below = self._image.node.backing()
+            for extent in await self._image.block_status(offset, min(STATUS_BYTES, size - offset), below):
+                if not extent.depth:
+                    await self._look(offset, extent.length, buffers)
+                offset += extent.length
+                self.done_bytes = offset
+
+    async def _look(self, offset: int, length: int, buffers: list[memoryview]) -> None:
+        """A range that the image itself does not hold: keep what will not show through any more."""
+        end = offset + length
+        while offset < end:
+            stop = min(end, offset - offset % self._unit + PIECE_BYTES)
+            if await self._shows_both(offset, stop - offset):
+                offset = self.done_bytes = await self._same_until(offset, end)
+                continue
+            before, after = (buffer[: stop - offset] for buffer in buffers)
+            await asyncio.gather(_read(self._old, offset, before), _read(self._new, offset, after))
+            await self._write_what_differs(offset, before, after)
+            offset = self.done_bytes = stop
+
+    async def _shows_both(self, offset: int, length: int) -> bool:
+        return await self._same_until(offset, offset + length) >= offset + length
+
+    async def _same_until(self, offset: int, end: int) -> int:
+        """Up to where the new backing file surely shows what the old one does, without a look at the bytes."""
+        if self._old is None and self._new is None:
+            return end
+        if self._base is None or self._old is None or offset >= self._old.size:
+            return offset
+        if self._base is self._old.node:
+            return end
+        found = await self._old.block_status(offset, min(end, self._old.size) - offset, self._base)
+        for extent in found:
+            if extent.depth or offset >= self._base.size:
+                break
+            offset += extent.length
+        return min(offset, end, self._base.size)
+
+    async def _write_what_differs(self, offset: int, before: memoryview, after: memoryview) -> None:
+        """Whole units, those beside one another together."""
+        position, start = 0, None
+        while position < len(before):
+            stop = min(len(before), position + self._unit - (offset + position) % self._unit)
+            same = bytearray(before[position:stop]) == after[position:stop]
+            if not same and start is None:
+                start = position
+            if same and start is not None:
+                await self._image.backend.write(offset + start, before[start:position])
+                start = None
+            position = stop
+        if start is not None:
+            await self._image.backend.write(offset + start, before[start:])
+
+
+async def _read(image: Image | None, offset: int, into: memoryview) -> None:
+    """Fill `into`; where there is no image any more are zeroes."""
+    if image is None:
+        into[:] = bytes(len(into))
+    else:
+        await image.read(offset, into)

@@ -1,0 +1,40 @@
+"""`pynbd img amend` beside qemu-img's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.img.chains import qemu
+from tests.cli.img.side_by_side import failure, ok, qemu_img, same
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("-o", "size=1M", "disk.raw"),
+        ("-f", "raw", "-o", "help"),
+        ("-f", "nonsense", "-o", "help"),
+        ("disk.raw",),
+        ("-o", "size=1M", "missing.raw"),
+        ("-o", "size=1M"),
+    ],
+)
+def test_raw(words: tuple[str, ...], disk: Path) -> None:
+    same("amend", *words)
+
+
+def test_a_key_is_added(folder: Path) -> None:
+    """Afterwards qemu-img opens the image with the new passphrase."""
+    old, new = ("--object", "secret,id=s,data=abc"), ("--object", "secret,id=n,data=def")
+    qemu("create", "-q", *old, "-f", "luks", "-o", "key-secret=s,iter-time=10", "a.luks", "64k")
+    image = "driver=luks,key-secret=s,file.driver=file,file.filename=a.luks"
+    ok("amend", *old, *new, "--image-opts", "-o", "state=active,new-secret=n,iter-time=10", image)
+    opened = "driver=luks,key-secret=n,file.driver=file,file.filename=a.luks"
+    assert qemu_img("compare", *new, "--image-opts", opened, opened).status == 0
+    assert failure("amend", *old, "--image-opts", "-o", "nonsense=1", image)
+
+
+def test_help() -> None:
+    assert "  new-secret=<str> " in ok("amend", "-f", "luks", "-o", "help")

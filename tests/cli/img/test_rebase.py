@@ -1,0 +1,72 @@
+"""`pynbd img rebase` beside qemu-img's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.img.chains import make_chain, qemu, qemu_io, shown
+from tests.cli.img.side_by_side import ok, same
+
+
+def _other_base() -> None:
+    qemu("create", "-q", "-f", "qcow2", "other.qcow2", "3M")
+    qemu_io("other.qcow2", "write -P 1 0 512k", "write -P 9 2M 64k")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("-b", "", "disk.raw"),
+        ("-u", "-b", "base.qcow2", "-F", "qcow2", "disk.raw"),
+        ("top.qcow2",),
+        ("-u", "-b", "base.qcow2", "top.qcow2"),
+        ("-b", "base.qcow2", "top.qcow2"),
+        ("-b", "missing.qcow2", "-F", "qcow2", "top.qcow2"),
+        ("-b", "base.qcow2", "-F", "nonsense", "top.qcow2"),
+        ("-b", "a", "b", "c"),
+        (),
+    ],
+)
+def test_what_can_not_be(words: tuple[str, ...], disk: Path) -> None:
+    make_chain()
+    same("rebase", *words)
+
+
+@pytest.mark.parametrize(
+    ("backing", "options"),
+    [
+        ("other.qcow2", ()),
+        ("base.qcow2", ()),
+        ("./base.qcow2", ("-q",)),
+        ("mid.qcow2", ("-t", "none")),
+        ("", ()),
+    ],
+)
+def test_the_disk_stays_the_same(backing: str, options: tuple[str, ...], folder: Path) -> None:
+    content = make_chain()
+    _other_base()
+    format_of = ("-F", "qcow2") if backing else ()
+    assert ok("rebase", *options, "-b", backing, *format_of, "top.qcow2") == ""
+    assert shown("top.qcow2") == content
+    assert ("backing file: " in same("info", "top.qcow2")) == bool(backing)
+    if backing in ("base.qcow2", "mid.qcow2"):
+        # What lies below the new backing file already is not copied.
+        assert "base.qcow2" in same("map", "top.qcow2")
+
+
+def test_from_none(folder: Path) -> None:
+    """An image that had no backing file shows nothing of its new one."""
+    make_chain()
+    qemu("create", "-q", "-f", "qcow2", "alone.qcow2", "4M")
+    ok("rebase", "-b", "base.qcow2", "-F", "qcow2", "alone.qcow2")
+    assert shown("alone.qcow2") == bytes(4 << 20)
+
+
+def test_the_name_only(folder: Path) -> None:
+    """With -u, whatever the new one holds, and whether it is there or not."""
+    make_chain()
+    for backing in (("-b", "missing", "-F", "raw"), (), ("-b", "mid.qcow2", "-F", "qcow2")):
+        assert ok("rebase", "-u", *backing, "top.qcow2") == ""
+        same("info", "--output=json", "top.qcow2")
