@@ -142,6 +142,10 @@ class Driver:
     limits: Limits = UNLIMITED
     size: int = 0
     """The length of the disk in bytes; to be right once `open` has returned."""
+    for_check: bool = False
+    """It is opened only to be checked or mended (QEMU's BDRV_O_CHECK): what a check would find is no reason to refuse,
+    and nothing is mended unasked. Drivers of the family `Checkable` look at it.
+    """
 
     node: "Node"
 

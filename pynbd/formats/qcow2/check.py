@@ -1,184 +1,82 @@
 """`check` of a qcow2 image: do its reference counts agree with what refers to its clusters, and are its entries sound?
 
-One examination is a scan (`check_scan.py`) that counts references, and the comparison of these counts, and of the flags
-that depend on them, with what stands in the image. `check_repair.py` mends what an examination found; then the image is
-examined once more, so that what is told of as mended is.
+An examination (`check_examination.py`, with its scan in `check_scan.py`) tells what is wrong, `check_repair.py` mends
+it; then the image is examined once more, so that what is told of as mended is.
 """
 
-from array import array
-from collections.abc import Iterator
-
+from pynbd.block.errors import BlockError
 from pynbd.block.families import CheckResult, Progress, Repair, no_progress
-from pynbd.formats.qcow2 import layout
-from pynbd.formats.qcow2.check_counts import MANY, Counts, small_counts
-from pynbd.formats.qcow2.check_l2 import Contents, L2Reader, Mend
-from pynbd.formats.qcow2.check_scan import Scan
+from pynbd.formats.qcow2 import check_repair
+from pynbd.formats.qcow2.check_examination import Examination
 from pynbd.formats.qcow2.image import Image
-from pynbd.formats.qcow2.layout import COPIED, OFFSET_MASK
-
-MAX_HOST_BYTES = (1 << 63) - (1 << 30)
-"""Where files end that can be read at all."""
-
-
-class Examination:
-    """What is wrong with an image: a scan, and what is found by comparing it.
-
-    Args:
-        image: the image; what is in memory of it is written.
-        progress: told while it works.
-    """
-
-    def __init__(self, image: Image, progress: Progress = no_progress) -> None:
-        self.image = image
-        self.scan = Scan(image, progress)
-        self.result = self.scan.result
-        self.findings = self.scan.findings
-        self.header = image.header
-        self.order = image.header.refcount_order
-        self.per_block = image.header.cluster_size * 8 >> self.order
-        self.counts = Counts(image.name, self.scan.references.most)
-        """As they stand in the image."""
-        self.unreadable: set[int] = set()
-        """Refcount blocks that can't be looked at."""
-        self.wrong_blocks: dict[int, int] = {}
-        """Where the block lies → its number, of those with wrong counts."""
-        self.needs_blocks = False
-        """Clusters are in use that no refcount block tells of."""
-        self.too_low = 0
-        self.wrong_l1: list[int] = []
-        """Entries of the active L1 table whose flag is wrong."""
-        self.wrong_l2: dict[int, list[Mend]] = {}
-        """By the offset of the table: entries with the right flag."""
-        self.wrong_flags = 0
-
-    async def run(self) -> CheckResult:
-        """Look at everything.
-
-        Raises:
-            OSError: the image can't be read, or would take too much memory or time.
-        """
-        await self.scan.run()
-        await self._compare()
-        await self._flags(self.counts)
-        highest = max(self.counts.highest(), self.scan.references.highest(), 0)
-        self.result.image_end_offset = (highest + 1) * self.header.cluster_size
-        self.findings.end()
-        return self.result
-
-    # --- counts --------------------------------------------------------------------------------------------
-
-    async def _compare(self) -> None:
-        """Compare all counts with the references."""
-        scan, table = self.scan, self.scan.refcount_table
-        blocks = {index for index, entry in enumerate(table) if entry & layout.REFCOUNT_BLOCK_MASK}
-        for index in sorted(blocks | scan.references.used_blocks(self.per_block)):
-            first = index * self.per_block
-            count = min(self.per_block, scan.clusters - first)
-            if count <= 0:
-                break
-            entry = table[index] & layout.REFCOUNT_BLOCK_MASK if index < len(table) else 0
-            if not entry:
-                self.needs_blocks = True
-                self._compare_block(first, bytes(count), None)
-            elif entry & (self.header.cluster_size - 1) or entry > MAX_HOST_BYTES:
-                self.unreadable.add(index)
-                what = f"the counts of clusters {first} to {first + count - 1} can't be read: a wrong refcount block"
-                self.findings.error(what, count)
-            else:
-                data = bytes(await self.image.read_bytes(entry, self.header.cluster_size))
-                small, exact = small_counts(data, self.order)
-                self.counts.put(first, small[:count])
-                if self._compare_block(first, small[:count], exact):
-                    self.wrong_blocks[entry] = index
-
-    def _compare_block(self, first: int, small: bytes, exact: "array[int] | None") -> bool:
-        """Compare some counts; gives whether some are wrong."""
-        expected = self.scan.references.slice(first, len(small))
-        if small == expected and MANY not in small:
-            return False
-        wrong = False
-        for at, (have, want) in enumerate(zip(small, expected, strict=True)):
-            if have == want and have != MANY:
-                continue
-            if have == MANY and exact:
-                have = exact[at]
-            if want == MANY:
-                want = self.scan.references.get(first + at)
-            if have == want:
-                continue
-            wrong = True
-            what = f"cluster {first + at}: its refcount is {have}, but there are {want} references"
-            if have < want:
-                self.too_low += 1
-                self.findings.corruption(what)
-            else:
-                self.findings.leak(what)
-        return wrong
-
-    # --- flags ---------------------------------------------------------------------------------------------
-
-    async def _flags(self, counts: Counts) -> None:
-        """Does each active entry say rightly whether it is the only one that refers to its cluster?"""
-        scan, bits = self.scan, self.header.cluster_bits
-        for index, entry in enumerate(scan.l1):
-            offset = entry & OFFSET_MASK
-            if not offset or (offset >> bits) // self.per_block in self.unreadable:
-                continue
-            count = counts.get(offset >> bits)
-            if (count == 1) != bool(entry & COPIED):
-                self.wrong_flags += 1
-                self.wrong_l1.append(index)
-                self.findings.corruption(f"L1 entry {index} is {entry:#x}, but the refcount there is {count}")
-        reader = L2Reader(self.image)
-        for offset, table in sorted(scan.active.items()):
-            contents = table.contents
-            if not offset or (contents is not None and self._are_right(contents, counts)):
-                continue
-            data = bytes(await self.image.read_bytes(offset, self.header.cluster_size))
-            wrong = list(self._wrong_entries(reader, data, counts))
-            for mend, count in wrong:
-                self.wrong_flags += table.times
-                what = f"the L2 table at {offset}: the flag of entry {mend.at} is wrong, the refcount is {count}"
-                self.findings.corruption(what, table.times)
-            if wrong:
-                self.wrong_l2[offset] = [mend for mend, _ in wrong]
-
-    def _are_right(self, contents: Contents, counts: Counts) -> bool:
-        """Whether all flags of a table are seen to be right without looking at it again."""
-        if not contents.allocated:
-            return not contents.problems
-        if contents.copied is None or self.unreadable:
-            return False
-        if self.header.has_data_file:
-            return contents.copied
-        return contents.copied and all(counts.are_all(first, count, 1) for first, count in contents.runs)
-
-    def _wrong_entries(self, reader: L2Reader, data: bytes, counts: Counts) -> Iterator[tuple[Mend, int]]:
-        """(what it should be, refcount) of all entries with a wrong flag."""
-        entries, bitmaps = reader.entries(data)
-        bits, in_file = self.header.cluster_bits, not self.header.has_data_file
-        for index, entry in enumerate(entries):
-            if not entry or not reader.refers(entry):
-                continue
-            cluster = (entry & OFFSET_MASK) >> bits
-            if in_file and self.unreadable and cluster // self.per_block in self.unreadable:
-                continue
-            count = counts.get(cluster) if in_file else 1
-            if (count == 1) != bool(entry & COPIED):
-                yield Mend(index, entry ^ COPIED, bitmaps[index] if bitmaps is not None else 0), count
 
 
 async def check(image: Image, repair: Repair = Repair.NOTHING, progress: Progress = no_progress) -> CheckResult:
     """Look through an image; mend what `repair` allows.
 
     Args:
-        image: the image; what is in memory of it is written. After a repair it is to be loaded again.
+        image: the image; nobody else is at work on it. What is in memory of it is written first.
         repair: what may be mended.
         progress: told while it works.
 
     Raises:
         OSError: the image could not be read or written, or would take too much memory or time.
     """
+    if image.fence is None:
+        await image.settle()
+    if repair is Repair.NOTHING:
+        return await Examination(image, progress).run()
+    image.check_fence()
+    try:
+        return await _mend(image, repair, progress)
+    finally:
+        await image.reload()
+
+
+async def _mend(image: Image, repair: Repair, progress: Progress) -> CheckResult:
     found = Examination(image, progress)
-    await found.run()
-    return found.result
+    first, first_flags = await found.run(), found.wrong_flags
+    if repair is Repair.ALL and await check_repair.mend_entries(image, found):
+        found = Examination(image, progress)
+        await found.run()
+    await _mend_counts(image, found, repair)
+    after = Examination(image, progress)
+    result = await after.run()
+    result.corruptions_fixed = max(first.corruptions - first_flags - (result.corruptions - after.wrong_flags), 0)
+    result.leaks_fixed = max(first.leaks - result.leaks, 0)
+    if repair is Repair.ALL and not result.check_errors and result.corruptions == after.wrong_flags:
+        # Only now is it sure what the flags should be.
+        fixed = await check_repair.mend_flags(image, after)
+        result.corruptions -= fixed
+        result.corruptions_fixed += fixed
+    if not result.check_errors and not result.corruptions:
+        await image.mark_sound()
+    left = result.messages if result.corruptions or result.leaks or result.check_errors else []
+    result.messages = first.messages + [f"still: {line}" for line in left]
+    return result
+
+
+async def _mend_counts(image: Image, found: Examination, repair: Repair) -> None:
+    scan = found.scan
+    if scan.unusable or found.needs_blocks:
+        if repair is Repair.ALL:
+            await check_repair.rebuild(image, found)
+        return
+    # What can't be told may be what a leaked cluster is needed for.
+    down = not scan.uncounted and not found.result.check_errors
+    await check_repair.mend_counts(image, found, up=repair is Repair.ALL, down=down)
+
+
+async def repair_dirty(image: Image) -> None:
+    """Repair an image that was not closed properly, before it is written to.
+
+    Raises:
+        BlockError: there is more wrong with it than that, and it can't be repaired.
+        OSError: it can't be read or written.
+    """
+    result = await check(image, Repair.ALL)
+    if result.corruptions or result.check_errors:
+        raise BlockError(
+            f"{image.name}: the image was not closed properly and can't be repaired: {result.corruptions} corruptions "
+            f"are left, {result.check_errors} errors; {'; '.join(result.messages[:3])}"
+        )

@@ -94,18 +94,6 @@ class Counts:
                 return False
         return True
 
-    def highest(self) -> int:
-        """The last cluster with a count, -1 if there is none."""
-        for number in sorted(self.parts, reverse=True):
-            part = self.parts[number]
-            if isinstance(part, bytearray):
-                length = len(part.rstrip(b"\0"))
-            else:
-                length = next((at + 1 for at in reversed(range(len(part))) if part[at]), 0)
-            if length:
-                return (number << PART_BITS) + length - 1
-        return -1
-
     def used_blocks(self, per_block: int) -> set[int]:
         """The numbers of all blocks of so many clusters (a power of two) of which one has a count."""
         found: set[int] = set()

@@ -160,10 +160,8 @@ class L2Reader:
             if both:
                 what = f"L2 entry {index}: subclusters are allocated and zero at once (bitmap {bitmap:#x})"
                 found.problems.append(what)
+                # Nobody can read these subclusters; all others stay.
                 found.mends.append(Mend(index, entry & ~L2_RESERVED, bitmap & ~both))
-                # QEMU does not count this one: its cluster seems to leak, and must not be given up for that.
-                found.uncounted = True
-                continue
             if offset & (self.cluster - 1):
                 self._unaligned(found, index, entry, bitmap)
             found.allocated += 1

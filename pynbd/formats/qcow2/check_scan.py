@@ -120,6 +120,8 @@ class Scan:
         self.l1: array[int] = array("Q")
         self.active: dict[int, ActiveTable] = {}
         """By offset."""
+        self.tables: Counter[int] = Counter()
+        """How many L1 entries point to an L2 table, by its offset."""
         self.mends: dict[int, list[Mend]] = {}
         """By the offset of the L2 table."""
         self.l1_mends: list[tuple[int, int]] = []
@@ -208,7 +210,7 @@ class Scan:
         self.l1 = await self._l1_table(L1Place(header.l1_table_offset, header.l1_size), "the L1 table", 1)
         active = Counter(entry & OFFSET_MASK for entry in self.l1 if entry)
         self.active = {offset: ActiveTable(times) for offset, times in active.items()}
-        tables = active.copy()
+        tables = self.tables = active.copy()
         for place, (name, times) in (await self._snapshot_places()).items():
             words = await self._l1_table(place, name, times)
             for entry, often in Counter(words).items():

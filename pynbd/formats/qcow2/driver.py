@@ -3,8 +3,9 @@
 What is read lies in the image's own clusters, in the backing file that it names, or is zero; `mapping.py` tells which,
 `writing.py` changes it, and `image.py` sees to it that the image is sound at any time.
 
-Limits: an image that was not closed properly (lazy refcounts), or is corrupt, only
-read-only.
+`check.py` finds what is wrong with it, and repairs it. An image that was not closed properly (lazy refcounts) is repaired
+when it is opened for writing; one that is corrupt is refused then. Who opens one to check or repair it says so
+(`Graph.open(…, for_check=True)`): then neither happens.
 """
 
 import asyncio
@@ -17,13 +18,13 @@ from pynbd.block.child import Child
 from pynbd.block.driver import ChildSpec, CreationOptions, Driver, ImageInfo, Location, Preallocation
 from pynbd.block.errors import BlockError, OptionError, PermissionConflict, io_error
 from pynbd.block.extents import Extent, Status
-from pynbd.block.families import Measurement, SnapshotInfo
+from pynbd.block.families import CheckResult, Measurement, Progress, Repair, SnapshotInfo, no_progress
 from pynbd.block.image_names import named_from
 from pynbd.block.limits import Limits
 from pynbd.block.options import NodeOptions, OnOff, Size
 from pynbd.block.permissions import ChildRole, Permission
 from pynbd.block.requests import RequestFlag
-from pynbd.formats.qcow2 import compression, creation, layout, resizing
+from pynbd.formats.qcow2 import check, compression, creation, layout, resizing
 from pynbd.formats.qcow2.creation import Qcow2CreationOptions
 from pynbd.formats.qcow2.encrypt_options import EncryptOptions
 from pynbd.formats.qcow2.header import Header
@@ -110,7 +111,7 @@ class Qcow2(Driver):
         return self.file.node.filename() or self.node.name
 
     async def named_children(self) -> Mapping[str, Any]:
-        header = await read_header(self.file, self.image_name)
+        header = await read_header(self.file, self.image_name, for_check=self.for_check)
         named: dict[str, Any] = {}
         if header.backing_file:
             named["backing"] = self._description(header.backing_file, header.backing_format)
@@ -128,7 +129,7 @@ class Qcow2(Driver):
         return {"driver": format, "file": {"filename": full}} if format else {"filename": full}
 
     async def open(self) -> None:
-        self.header = header = await read_header(self.file, self.image_name)
+        self.header = header = await read_header(self.file, self.image_name, for_check=self.for_check)
         if header.has_data_file and "data-file" not in self.node.children:
             raise BlockError(f"{self.image_name}: its data are in another file: give data-file")
         if not header.has_data_file and "data-file" in self.node.children:
@@ -136,7 +137,13 @@ class Qcow2(Driver):
         l2_cache, refcount_cache = self._cache_sizes()
         data_file = self.node.children["data-file"] if header.has_data_file else None
         self.image = image = Image(
-            self.file, header, self.image_name, l2_cache=l2_cache, refcount_cache=refcount_cache, data_file=data_file
+            self.file,
+            header,
+            self.image_name,
+            l2_cache=l2_cache,
+            refcount_cache=refcount_cache,
+            data_file=data_file,
+            for_check=self.for_check,
         )
         self.guest_file = data_file or self.file
         await image.load()
@@ -144,7 +151,8 @@ class Qcow2(Driver):
         self.writer = Writer(self)
         self.snapshots = SnapshotStore(self)
         self.vm_state = VmState(self)
-        await self.snapshots.load()
+        if not self.for_check:
+            await self.snapshots.load()
         self.size = header.size
         alignment = 1
         if header.crypt_method != CryptMethod.NONE:
@@ -159,18 +167,17 @@ class Qcow2(Driver):
             optimal_transfer=header.cluster_size,
             discard_alignment=header.cluster_size,
         )
-        if not self.node.read_only:
+        if not self.node.read_only and not self.for_check:
             await self._open_for_writing()
 
     async def _open_for_writing(self) -> None:
         header, image = self.header, self.image
         if Incompatible.CORRUPT in header.incompatible:
             raise BlockError(f"{self.image_name}: the image is marked as corrupt: repair it, or open it read-only")
-        if Incompatible.DIRTY in header.incompatible:
-            raise BlockError(
-                f"{self.image_name}: the image was not closed properly and needs a repair before it is written to"
-            )
         await image.begin_writing()
+        if Incompatible.DIRTY in header.incompatible:
+            await check.repair_dirty(image)
+            await self.snapshots.load()
         lazy = self.options.lazy_refcounts
         if lazy and header.version < 3:
             raise OptionError(f"{self.image_name}: lazy-refcounts needs an image of compat 1.1 or newer")
@@ -200,6 +207,18 @@ class Qcow2(Driver):
     def check_permissions(self, held: Permission, shared: Permission) -> None:
         if self.encryption is not None and self.encryption.cipher is None and held & ~Permission.RESIZE:
             raise PermissionConflict(f"{self.node.describe()} is encrypted; give its passphrase by encrypt.key-secret")
+
+    async def check(self, repair: Repair, progress: Progress = no_progress) -> CheckResult:
+        """See `Checkable`."""
+        if repair is not Repair.NOTHING:
+            if self.node.read_only:
+                raise io_error(errno.EROFS, self.image_name, "it is to be repaired, but was opened read-only")
+            await self.image.begin_writing()
+        try:
+            return await check.check(self.image, repair, progress)
+        finally:
+            if repair is not Repair.NOTHING and not self.for_check:
+                await self.snapshots.load()
 
     async def close(self) -> None:
         if not self.node.read_only and self.image.fence is None:

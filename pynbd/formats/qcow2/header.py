@@ -165,12 +165,13 @@ def _fixed_part(data: bytes, image: str) -> construct.Container:
     return fields
 
 
-def parse_header(data: bytes, image: str) -> Header:
+def parse_header(data: bytes, image: str, *, for_check: bool = False) -> Header:
     """Read a header.
 
     Args:
         data: the first cluster of the image, or all of it if it is shorter.
         image: its name for messages.
+        for_check: a wrong place of the refcount table is no error; then the image has none, of 0 clusters.
 
     Raises:
         ImageError: something in it is not as the format demands, or asks for more than the limits allow.
@@ -205,7 +206,9 @@ def parse_header(data: bytes, image: str) -> Header:
     if fields.backing_file_offset:
         name = data[fields.backing_file_offset : fields.backing_file_offset + fields.backing_file_size]
         header.backing_file = os.fsdecode(name)
-    _check_tables(header, image)
+    if for_check and _is_table_wrong(header):
+        header.refcount_table_offset = header.refcount_table_clusters = 0
+    _check_tables(header, image, refcounts=not for_check)
     return header
 
 
@@ -338,7 +341,17 @@ def unknown_names(header: Header, kind: FeatureKind, bits: int) -> Iterable[str]
             yield header.feature_names.get((kind, bit)) or f"unknown {kind.name.lower()} feature, bit {bit}"
 
 
-def _check_tables(header: Header, image: str) -> None:
+def _is_table_wrong(header: Header) -> bool:
+    """Whether there can't be a refcount table where the header says, or it would be too large."""
+    offset, most = header.refcount_table_offset, max(layout.MAX_REFCOUNT_TABLE_BYTES // header.cluster_size, 1)
+    return (
+        offset % header.cluster_size != 0
+        or not 0 < offset < layout.MAX_HOST_OFFSET
+        or not 0 < header.refcount_table_clusters <= most
+    )
+
+
+def _check_tables(header: Header, image: str, *, refcounts: bool) -> None:
     """Sizes and offsets of what the header points to: bounded, aligned."""
     cluster = header.cluster_size
     if header.size > MAX_SIZE_BYTES:
@@ -348,7 +361,7 @@ def _check_tables(header: Header, image: str) -> None:
     needed = header.l1_entries_for(header.size)
     if header.l1_size < needed:
         raise ImageError(image, f"l1_size is {header.l1_size}, a disk of {header.size} bytes takes {needed}", 36)
-    if not header.refcount_table_clusters:
+    if refcounts and not header.refcount_table_clusters:
         raise ImageError(image, "it has no refcount table", 56)
     if header.refcount_table_clusters > max(layout.MAX_REFCOUNT_TABLE_BYTES // cluster, 1):
         most = max(layout.MAX_REFCOUNT_TABLE_BYTES // cluster, 1)
@@ -357,7 +370,7 @@ def _check_tables(header: Header, image: str) -> None:
         raise ImageError(image, f"{header.nb_snapshots} snapshots, at most {layout.MAX_SNAPSHOTS} are allowed", 60)
     for name, offset, at, used in (
         ("l1_table_offset", header.l1_table_offset, 40, header.l1_size),
-        ("refcount_table_offset", header.refcount_table_offset, 48, True),
+        ("refcount_table_offset", header.refcount_table_offset, 48, refcounts),
         ("snapshots_offset", header.snapshots_offset, 64, header.nb_snapshots),
     ):
         # Where the header lies no table can be, whatever the image says.

@@ -58,8 +58,13 @@ class Storage(Protocol):
         """Make all writes durable."""
 
 
-async def read_header(file: Storage, image: str) -> Header:
+async def read_header(file: Storage, image: str, *, for_check: bool = False) -> Header:
     """The header of an image.
+
+    Args:
+        file: where it lies.
+        image: its name for messages.
+        for_check: see `parse_header`.
 
     Raises:
         ImageError: it is none, or a wrong one.
@@ -69,7 +74,7 @@ async def read_header(file: Storage, image: str) -> Header:
     await file.read(0, memoryview(head), 0)
     first = bytearray(min(peek_cluster_size(bytes(head), image), file.size))
     await file.read(0, memoryview(first), 0)
-    return parse_header(bytes(first), image)
+    return parse_header(bytes(first), image, for_check=for_check)
 
 
 class Image:
@@ -81,6 +86,7 @@ class Image:
         name: for messages.
         l2_cache, refcount_cache: bytes of tables that are kept in memory.
         data_file: where the guest's bytes lie, if not here.
+        for_check: tables that lie behind the end of the file are no error yet.
     """
 
     def __init__(
@@ -92,11 +98,13 @@ class Image:
         l2_cache: int = 32 << 20,
         refcount_cache: int = 4 << 20,
         data_file: Storage | None = None,
+        for_check: bool = False,
     ) -> None:
         self.file = file
         self.header = header
         self.name = name
         self.data_file = data_file
+        self.for_check = for_check
         self.cluster_size = header.cluster_size
         self.cluster_bits = header.cluster_bits
         self.l1: array[int] = array("Q")
@@ -138,6 +146,14 @@ class Image:
         self.fresh_from = -(-self.file.size // self.cluster_size)
         self._note_metadata()
 
+    async def reload(self) -> None:
+        """Forget all tables in memory, which are written, and read them again: they were changed in the file."""
+        for cache in (self.l2, self.blocks):
+            cache.tables.clear()
+        self.refcounts.first_free, self.refcounts.packing = 0, -1
+        self.metadata = {0}
+        await self.load()
+
     def _note_metadata(self) -> None:
         header, bits = self.header, self.cluster_bits
         for offset, length in (
@@ -164,7 +180,7 @@ class Image:
         Raises:
             ImageError: it does not lie inside the file.
         """
-        if offset + count * 8 > round_up(self.file.size, self.cluster_size):
+        if offset + count * 8 > round_up(self.file.size, self.cluster_size) and not self.for_check:
             problem = f"{what} has {count * 8} bytes here, but the file ends at {self.file.size}"
             raise ImageError(self.name, problem, offset)
         return from_disk(await self.read_bytes(offset, count * 8))
@@ -289,6 +305,13 @@ class Image:
         wanted = Incompatible.DIRTY if on else Incompatible(0)
         if self.header.incompatible & Incompatible.DIRTY != wanted:
             self.header.incompatible = self.header.incompatible & ~Incompatible.DIRTY | wanted
+            await self.write_features()
+
+    async def mark_sound(self) -> None:
+        """A check found nothing wrong: the image is neither dirty nor corrupt."""
+        marks = Incompatible.DIRTY | Incompatible.CORRUPT
+        if self.header.incompatible & marks:
+            self.header.incompatible &= ~marks
             await self.write_features()
 
     # --- tables --------------------------------------------------------------------------------------------
@@ -461,6 +484,14 @@ class Image:
         """Write everything, also what the writing itself changes; nobody else is at work."""
         while not self.is_clean:
             await self.commit()
+
+    async def settle(self) -> None:
+        """Write everything, with counts that were left for later: the file is as it would be if this were closed."""
+        late = self.lazy
+        try:
+            await self.close()
+        finally:
+            self.lazy = late
 
     async def close(self) -> None:
         """Write everything, with counts that were left for later."""
