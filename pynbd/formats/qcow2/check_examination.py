@@ -57,7 +57,7 @@ class Examination:
         """
         await self.scan.run()
         await self._compare()
-        await self._flags(self.counts)
+        await self._flags()
         self.result.image_end_offset = max(self._end, 1) * self.header.cluster_size
         self.findings.end()
         return self.result
@@ -115,14 +115,14 @@ class Examination:
 
     # --- flags ---------------------------------------------------------------------------------------------
 
-    async def _flags(self, counts: Counts) -> None:
+    async def _flags(self) -> None:
         """Does each active entry say rightly whether it is the only one that refers to its cluster?"""
         scan, bits = self.scan, self.header.cluster_bits
         for index, entry in enumerate(scan.l1):
             offset = entry & OFFSET_MASK
             if not offset or (offset >> bits) // self.per_block in self.unreadable:
                 continue
-            count = counts.get(offset >> bits)
+            count = self.counts.get(offset >> bits)
             if (count == 1) != bool(entry & COPIED):
                 self.wrong_flags += 1
                 self.wrong_l1.append(index)
@@ -130,10 +130,12 @@ class Examination:
         reader = L2Reader(self.image)
         for offset, table in sorted(scan.active.items()):
             contents = table.contents
-            if not offset or (contents is not None and self._are_right(contents, counts)):
+            if not offset or (offset >> bits) // self.per_block in self.unreadable:
+                continue
+            if contents is not None and self._are_right(contents):
                 continue
             data = bytes(await self.image.read_bytes(offset, self.header.cluster_size))
-            wrong = list(self._wrong_entries(reader, data, counts))
+            wrong = list(self._wrong_entries(reader, data))
             for mend, count in wrong:
                 self.wrong_flags += table.times
                 what = f"the L2 table at {offset}: the flag of entry {mend.at} is wrong, the refcount is {count}"
@@ -141,7 +143,7 @@ class Examination:
             if wrong:
                 self.wrong_l2[offset] = [mend for mend, _ in wrong]
 
-    def _are_right(self, contents: Contents, counts: Counts) -> bool:
+    def _are_right(self, contents: Contents) -> bool:
         """Whether all flags of a table are seen to be right without looking at it again."""
         if not contents.allocated:
             return not contents.problems
@@ -149,9 +151,9 @@ class Examination:
             return False
         if self.header.has_data_file:
             return contents.copied
-        return contents.copied and all(counts.are_all(first, count, 1) for first, count in contents.runs)
+        return contents.copied and all(self.counts.are_all(first, count, 1) for first, count in contents.runs)
 
-    def _wrong_entries(self, reader: L2Reader, data: bytes, counts: Counts) -> Iterator[tuple[Mend, int]]:
+    def _wrong_entries(self, reader: L2Reader, data: bytes) -> Iterator[tuple[Mend, int]]:
         """(what it should be, refcount) of all entries with a wrong flag."""
         entries, bitmaps = reader.entries(data)
         bits, in_file = self.header.cluster_bits, not self.header.has_data_file
@@ -161,6 +163,6 @@ class Examination:
             cluster = (entry & OFFSET_MASK) >> bits
             if in_file and self.unreadable and cluster // self.per_block in self.unreadable:
                 continue
-            count = counts.get(cluster) if in_file else 1
+            count = self.counts.get(cluster) if in_file else 1
             if (count == 1) != bool(entry & COPIED):
                 yield Mend(index, entry ^ COPIED, bitmaps[index] if bitmaps is not None else 0), count

@@ -3,8 +3,8 @@
 What is read lies in the image's own clusters, in the backing file that it names, or is zero; `mapping.py` tells which,
 `writing.py` changes it, and `image.py` sees to it that the image is sound at any time.
 
-`check.py` finds what is wrong with it, and repairs it. An image that was not closed properly (lazy refcounts) is repaired
-when it is opened for writing; one that is corrupt is refused then. Who opens one to check or repair it says so
+`check.py` finds what is wrong with it, and repairs it. An image that was not closed properly (lazy refcounts) is
+repaired when it is opened for writing; one that is corrupt is refused then. Who opens one to check or repair it says so
 (`Graph.open(…, for_check=True)`): then neither happens.
 """
 

@@ -120,6 +120,8 @@ class Image:
         """Why nothing is written any more: the image is corrupt, or its header can't be written."""
         self.lazy = False
         """Counts are written when the image is closed; until then it is marked dirty."""
+        self.marked = False
+        """It was marked as dirty here, not by somebody before."""
         self.discard_freed = False
         """The file below hears of clusters that are free."""
         self._waiting: list[tuple[int, list[Run]]] = []
@@ -302,6 +304,7 @@ class Image:
 
     async def set_dirty(self, *, on: bool) -> None:
         """Mark the image: its counts are not to be believed (or are again). Version 3 only."""
+        self.marked = on
         wanted = Incompatible.DIRTY if on else Incompatible(0)
         if self.header.incompatible & Incompatible.DIRTY != wanted:
             self.header.incompatible = self.header.incompatible & ~Incompatible.DIRTY | wanted
@@ -495,7 +498,7 @@ class Image:
 
     async def close(self) -> None:
         """Write everything, with counts that were left for later."""
-        if Incompatible.DIRTY in self.header.incompatible and self.fence is None:
+        if self.marked and self.fence is None:
             await self.commit_all()
             self.lazy = False
             await self.commit_all()

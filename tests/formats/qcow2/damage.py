@@ -147,12 +147,10 @@ class Image:
         return found
 
 
-def checked_by_qemu(path: Path, repair: str = "") -> dict[str, Any] | None:
-    """What `qemu-img check` finds; None if it could not end."""
-    command = [require_tool("qemu-img"), "check", "--output=json"]
-    if repair:
-        command += ["-r", repair]
-    done = subprocess.run([*command, str(path)], capture_output=True, text=True, timeout=20, check=False)
+def checked_by_qemu(*arguments: str | Path) -> dict[str, Any] | None:
+    """What `qemu-img check` finds, given these arguments; None if it could not end."""
+    command = [require_tool("qemu-img"), "check", "--output=json", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     if not done.stdout.startswith("{"):
         return None
     found = {key.replace("-", "_"): value for key, value in json.loads(done.stdout).items()}
