@@ -202,11 +202,27 @@ class TlsSocket:
         """As `sendmsg`, of one buffer."""
         return self.sendmsg((data,))
 
+    @property
+    def begun(self) -> bool:
+        """Whether something was encrypted, and not told as sent yet."""
+        return bool(self._begun_bytes)
+
+    def send_begun(self) -> int:
+        """Send what was begun with, without being given it again: how many bytes that were.
+
+        Raises:
+            BlockingIOError: it can't be sent now.
+            OSError: the connection is lost.
+        """
+        self._push()
+        begun, self._begun_bytes = self._begun_bytes, 0
+        return begun
+
     def sendmsg(self, buffers: Sequence[Buffer], ancillary: Sequence[object] = (), flags: int = 0) -> int:
         """Send what can be sent: how many bytes that were.
 
         What was encrypted and has not left yet does not count: the caller sends it again, the same bytes at the
-        beginning, and is told of them then.
+        beginning, and is told of them then. With MSG_MORE a few bytes count as sent already, and leave with the next.
 
         Raises:
             BlockingIOError: none can be sent now.
@@ -214,6 +230,8 @@ class TlsSocket:
         """
         if self._unsent:
             self._push()
+        elif flags & socket.MSG_MORE and not self._begun_bytes and sum(map(len, buffers)) < RECORD_BYTES:
+            return self._encrypt([memoryview(buffer) for buffer in buffers])
         sent, self._begun_bytes = self._begun_bytes, 0
         for chunk in chunks(buffers, sent):
             size = self._encrypt(chunk)

@@ -141,7 +141,7 @@ class Connection:
         # Where holes can be told, larger reads ask for them first.
         self._inline_bytes = HOLE_READ_BYTES - 1 if self._replies.can_send_holes else INLINE_READ_BYTES
         self.wire = make_wire(self)
-        self._can_send_spans = self._replies.can_send_holes and self.wire.sends_files
+        self._can_send_spans = self._replies.can_send_holes
         self.backend.on_resize.append(self._resized)
 
     # --- life ---------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import socket
 from asyncio import AbstractEventLoop
 from collections import deque
 from collections.abc import Callable
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from pynbd.crypto.tls_socket import TlsSocket
 from pynbd.server.loop import ServingLoop
@@ -109,8 +109,6 @@ class Wire(Protocol):
     """Bytes that are queued in memory (file spans count nothing)."""
     moved: int
     """Bytes that have gone either way since the start: whether a peer makes progress."""
-    sends_files: ClassVar[bool]
-    """Whether file spans may be among what is sent."""
 
     @property
     def queued(self) -> bool:
@@ -154,8 +152,6 @@ class PlainWire:
         on_lost: sending failed while nobody was calling.
     """
 
-    sends_files: ClassVar[bool] = True
-
     def __init__(
         self,
         loop: AbstractEventLoop,
@@ -175,6 +171,7 @@ class PlainWire:
         self._on_sent = on_sent
         self._on_lost = on_lost
         self._queue: deque[Item] = deque()
+        self._sendfile: Callable[[int, int, int, int], int] = os.sendfile
         self._reading = False
         self._writing = False
         self._closed = False
@@ -278,7 +275,7 @@ class PlainWire:
         problem: OSError | None = None
         if span.length:
             try:
-                sent = os.sendfile(self._fd, span.file.fd, span.offset, min(span.length, MAX_BYTES_A_TURN))
+                sent = self._sendfile(self._fd, span.file.fd, span.offset, min(span.length, MAX_BYTES_A_TURN))
             except (BlockingIOError, InterruptedError, BrokenPipeError, ConnectionResetError):
                 raise
             except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 import socket
 from collections.abc import AsyncIterator, Mapping
@@ -104,17 +105,22 @@ async def test_large_payloads_of_many_requests_at_once(pki: Path) -> None:
         assert await client.disconnect()
 
 
-async def test_a_file_is_copied_and_not_sent(pki: Path, tmp_path: Path) -> None:
-    """Without TLS a long read of a raw file goes from the page cache to the socket: as plain text."""
+async def test_a_long_read_of_a_file(pki: Path, tmp_path: Path) -> None:
+    """What goes straight from the page cache to a plain socket is encrypted here; also what can't be read."""
     path = tmp_path / "disk"
     content = random.Random(3).randbytes(2 * MIB)
     path.write_bytes(content)
     tree = {"driver": "raw", "read-only": True, "file": {"driver": "file", "filename": str(path)}}
     async with secure_server(pki, tree) as served:
         client = await secured(served, credentials("client", pki))
-        assert await client.read(0, 2 * MIB) == content
         (connection,) = served.server.connections
-        assert not connection._can_send_spans
+        for number in range(20):
+            assert await client.read(number * KIB, 2 * MIB - number * KIB) == content[number * KIB :]
+        assert connection._span_file is not None
+        cookie = await client.send(Command.READ, 0, 2 * MIB)
+        os.truncate(path, MIB)
+        reply = await client.reply(cookie)
+        assert reply.error or reply.data == content
         assert await client.disconnect()
 
 
