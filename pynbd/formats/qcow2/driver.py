@@ -230,10 +230,14 @@ class Qcow2(Driver):
     # --- reading -------------------------------------------------------------------------------------------
 
     def locate(self, offset: int, length: int) -> Location | None:
+        if self.encryption is not None:
+            return None
         end = offset + length
         if end > self.size:
             end = self.size
-        if offset >= end or self.encryption is not None:
+        elif host := self.map.host_of(offset, length):
+            return self.guest_file.locate(host, length)
+        if offset >= end:
             return None
         found = self.map.lookup(offset, end)
         if found is None:

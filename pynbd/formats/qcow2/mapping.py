@@ -56,7 +56,10 @@ class ClusterMapping:
         """What can be allocated by itself: a cluster, or a subcluster."""
         self.reach = header.l2_entries << self.bits
         """Bytes of the disk that one L2 table tells of."""
+        self.reach_bits = self.reach.bit_length() - 1
+        self.index_mask = header.l2_entries - 1
         self.zero_flag = ZERO if header.version >= 3 and not self.extended else 0
+        self.not_plain = COMPRESSED | self.zero_flag | OFFSET_MASK & (self.cluster - 1)
         # In another file the first cluster may be the guest's as well: there a place is known by the flag.
         self.host_mask = OFFSET_MASK | COPIED if header.has_data_file else OFFSET_MASK
 
@@ -95,6 +98,34 @@ class ClusterMapping:
         while following < last and (words[following] == entry or self.kind(words[following]) == kind):
             following += 1
         return Piece(kind, min(end, base + (following << self.bits)))
+
+    def host_of(self, offset: int, length: int) -> int:
+        """Where bytes within one cluster lie in the file, if that is known at once; else 0.
+
+        What `lookup` would say for most requests, in a third of the time.
+        """
+        table = self.image.l2.tables.get(offset >> self.reach_bits)
+        if table is None or self.extended:
+            return 0
+        within = offset & (self.cluster - 1)
+        entry = table.words[offset >> self.bits & self.index_mask]
+        # Neither zero nor compressed, aligned, and something.
+        if within + length > self.cluster or entry & self.not_plain or not entry & OFFSET_MASK:
+            return 0
+        table.used = True
+        return (entry & OFFSET_MASK) + within
+
+    def owned_host_of(self, offset: int, length: int) -> int:
+        """The same, if the cluster may be written in place."""
+        table = self.image.l2.tables.get(offset >> self.reach_bits)
+        if table is None or self.extended:
+            return 0
+        within = offset & (self.cluster - 1)
+        entry = table.words[offset >> self.bits & self.index_mask]
+        if not entry & COPIED or within + length > self.cluster or entry & self.not_plain or not entry & OFFSET_MASK:
+            return 0
+        table.used = True
+        return (entry & OFFSET_MASK) + within
 
     def kind(self, entry: int) -> int:
         """What an L2 entry says, if it is not extended."""

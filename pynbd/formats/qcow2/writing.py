@@ -86,15 +86,15 @@ class Writer:
 
     def write_now(self, offset: int, data: memoryview) -> bool:
         """See `Driver.write_now`."""
-        end = offset + len(data)
-        found = self.map.lookup(offset, end) if self.driver.encryption is None else None
-        if found is None or not found.own or found.stop < end:
+        length = len(data)
+        host = self.map.owned_host_of(offset, length)
+        if not host or self.driver.encryption is not None or self.image.fence is not None:
             return False
-        if self._hits_metadata(found.host, len(data)) or self.image.fence is not None:
+        if host >> self.map.bits in self.image.metadata and not self.has_data_file:
             return False
-        if self.requests.in_flight and self._is_changing(offset, end):
+        if self.requests.in_flight and self._is_changing(offset, offset + length):
             return False
-        return self.guest_file.write_now(found.host, data)
+        return self.guest_file.write_now(host, data)
 
     async def _is_own(self, offset: int, end: int) -> bool:
         """Whether all of a range may be written in place."""
