@@ -366,6 +366,8 @@ class BlockBackend:
         edge = self.root
         if not self._ready or edge is None or not edge.may_write or not self.write_cache:
             return False
+        if offset + len(data) > edge.node.driver.size:
+            return False
         return edge.write_now(offset, data)
 
     async def _write_slowly(self, offset: int, data: memoryview, flags: int) -> None:

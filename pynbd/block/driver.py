@@ -274,7 +274,8 @@ class Driver:
         """Write a little without waiting, or say no: then `write` is called with the same bytes.
 
         A plain function, asked for every small write: where the bytes go is known, and the page cache takes them. It
-        raises nothing; whatever goes wrong, `write` will find and tell. `data` is valid only during the call.
+        raises nothing; whatever goes wrong, `write` will find and tell. `data` is valid only during the call. A driver
+        that is `growable` is also asked past its end, and sees to its size itself.
         """
         return False
 

@@ -263,10 +263,12 @@ class Node:
     def _write_now(self, offset: int, data: memoryview) -> bool:
         """The same for a write that the driver can make in place."""
         end = offset + len(data)
-        if self.read_only or end > self.driver.size or not self.driver.write_now(offset, data):
+        if self.read_only or (end > self.driver.size and not self.growable):
+            return False
+        if not self.driver.write_now(offset, data):
             return False
         self._generation += 1
-        if end > self.write_highest_offset or self.bitmaps:
+        if end > self.write_highest_offset or end > self._told_size or self.bitmaps:
             self._written(offset, len(data))
         return True
 

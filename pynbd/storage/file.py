@@ -237,7 +237,11 @@ class File(Driver):
         ended = perf_counter()
         if ended - started > SLOW_S:
             self._in_place.was_slow(ended)
-        return done == len(data)
+        if done < len(data):
+            return False
+        if offset + done > self.size:
+            self._grown(offset + done)
+        return True
 
     def _write_in_thread(self, offset: int, data: memoryview, flags: int = 0) -> None:
         try:

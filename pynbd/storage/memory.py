@@ -72,9 +72,12 @@ class Memory(Driver):
 
     def write_now(self, offset: int, data: memoryview) -> bool:
         try:
-            return os.pwrite(self._fd, data, offset) == len(data)
+            done = os.pwrite(self._fd, data, offset)
         except OSError:
             return False  # no memory left: `write` says so
+        if offset + done > self.size:
+            self._grown(offset + done)
+        return done == len(data)
 
     def _grown(self, size: int) -> None:
         self.size = size

@@ -220,17 +220,25 @@ async def test_located_bytes_are_the_disk(kind: str, tmp_path: Path, open_disk: 
 
 @pytest.mark.parametrize("kind", DISKS)
 async def test_small_writes_in_place(kind: str, tmp_path: Path, open_disk: OpenDisk) -> None:
-    """What `write_now` says it has written is written; it never goes beyond the disk, and never with O_DIRECT."""
+    """What `write_now` says it has written is written; no user goes beyond the disk so, and nobody with O_DIRECT.
+
+    Nodes above may: that is how images grow.
+    """
     async with open_disk(DISKS[kind](make_file(tmp_path))) as backend:
         taken = backend.write_now(5000, memoryview(b"here"))
         assert taken == ("direct" not in kind)
         assert not backend.write_now(backend.size - 2, memoryview(b"over"))
-        assert not backend.node.path.write_now(backend.size, memoryview(b"over"))
+        assert not backend.write_now(backend.size, memoryview(b"over"))
         into = memoryview(bytearray(6))
         await backend.read(4999, into)
         assert into.tobytes() == (b"\0here\0" if taken else bytes(6))
         await backend.read(backend.size - 6, into)
         assert into.tobytes() == bytes(6)
+        size = backend.size
+        if backend.node.path.write_now(size, memoryview(b"more")):
+            assert backend.size == size + 4
+            await backend.read(size - 2, into)
+            assert into.tobytes() == b"\0\0more"
 
 
 @pytest.mark.parametrize("kind", ["memory", "file"])

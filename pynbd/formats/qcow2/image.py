@@ -327,13 +327,18 @@ class Image:
         """
         return await self.l2.load(l1_index, self.l1[l1_index] & OFFSET_MASK)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether so many L2 tables are changed that they must be written before another one is."""
+        return len(self.l2.dirty) >= MAX_DIRTY_TABLES or len(self.l2.dirty) >= self.l2.most // 2 + 1
+
     async def writable_l2(self, l1_index: int) -> Table:
         """The L2 table of an L1 entry, made or copied if need be, so that it may be changed.
 
         Only what is done before the next `await` is sure to change this table.
         """
         while True:
-            if len(self.l2.dirty) >= MAX_DIRTY_TABLES or len(self.l2.dirty) >= self.l2.most // 2 + 1:
+            if self.is_full:
                 await self.commit()
             entry = self.l1[l1_index]
             table = await self.l2_table(l1_index) if entry & OFFSET_MASK else None
@@ -367,6 +372,17 @@ class Image:
         fresh = run.first >= self.fresh_from
         self.fresh_from = max(self.fresh_from, run.first + run.clusters)
         return run, fresh
+
+    def allocate_now(self) -> int:
+        """Take a cluster that is known to read as zeroes, if that can be done at once; gives its offset, else 0."""
+        cluster = self.refcounts.take_now()
+        if cluster < 0:
+            return 0
+        if cluster < self.fresh_from:
+            self.refcounts.put_back(cluster)
+            return 0
+        self.fresh_from = cluster + 1
+        return cluster << self.cluster_bits
 
     async def release(self, run: Run) -> None:
         """Give back clusters that nothing has ever pointed to."""

@@ -237,6 +237,37 @@ class Refcounts:
             self.first_free = at + length
         return Run(at, length)
 
+    def take_now(self) -> int:
+        """Take one free cluster, if that can be done at once.
+
+        Returns:
+            its number; -1 if a block must be loaded or made first.
+        """
+        index, start = divmod(self.first_free, self.per_block)
+        block = self.blocks.get(index)
+        if block is None:
+            return -1
+        try:
+            start = block.words.index(0, start)
+        except ValueError:
+            self.first_free = (index + 1) * self.per_block
+            return -1
+        cluster = index * self.per_block + start
+        if not self.may_use(cluster):
+            return -1
+        block.words[start] = 1
+        self.blocks.mark(index, start, start + 1)
+        self.first_free = cluster + 1
+        return cluster
+
+    def put_back(self, cluster: int) -> None:
+        """Give back what `take_now` gave, at once."""
+        index, start = divmod(cluster, self.per_block)
+        block = self.blocks.get(index)
+        assert block is not None
+        block.words[start] = 0
+        self.first_free = min(self.first_free, cluster)
+
     async def _find(self, at: int, most: int, *, all_of_it: bool) -> tuple[int, int]:
         """(first, count) of free clusters from `at` on."""
         found = 0

@@ -87,14 +87,43 @@ class Writer:
     def write_now(self, offset: int, data: memoryview) -> bool:
         """See `Driver.write_now`."""
         length = len(data)
-        host = self.map.owned_host_of(offset, length)
-        if not host or self.driver.encryption is not None or self.image.fence is not None:
+        if self.driver.encryption is not None or self.image.fence is not None:
             return False
+        host = self.map.owned_host_of(offset, length)
+        if not host:
+            return self._allocate_now(offset, data)
         if host >> self.map.bits in self.image.metadata and not self.has_data_file:
             return False
         if self.requests.in_flight and self._is_changing(offset, offset + length):
             return False
         return self.guest_file.write_now(host, data)
+
+    def _allocate_now(self, offset: int, data: memoryview) -> bool:
+        """Take a cluster for a write, if nothing has to be waited for: where nothing was, and nothing lies below."""
+        cluster, image = self.cluster, self.image
+        base = offset - offset % cluster
+        if self.map.extended or self.has_data_file or offset + len(data) > base + cluster or image.is_full:
+            return False
+        l1_index = offset // self.map.reach
+        table = image.l2.get(l1_index)
+        if table is None or not image.l1[l1_index] & COPIED:
+            return False
+        index = offset >> self.map.bits & self.map.index_mask
+        entry = table.words[index]
+        if entry & ~self.map.zero_flag or not (entry or self._is_nothing_below(base)):
+            return False
+        for request in self.requests.in_flight:
+            if request.offset < base + cluster and base < request.end:
+                return False
+        host = image.allocate_now()
+        if not host:
+            return False
+        if not self.guest_file.write_now(host + offset - base, data):
+            image.refcounts.put_back(host >> self.map.bits)
+            return False
+        table.words[index] = host | COPIED
+        image.l2.mark(l1_index, index, index + 1)
+        return True
 
     async def _is_own(self, offset: int, end: int) -> bool:
         """Whether all of a range may be written in place."""

@@ -75,6 +75,12 @@ class Recorder(Driver):
         await self._wait()
         self._put(offset, bytes(data))
 
+    def write_now(self, offset: int, data: memoryview) -> bool:
+        if self.random.random() < 0.3:
+            return False
+        self._put(offset, bytes(data))
+        return True
+
     async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
         await self._wait()
         self._put(offset, bytes(length))

@@ -61,7 +61,7 @@ class Crashing(Workload):
         if kind < 0.55:
             data = self.random.randbytes(length)
             self._may_become(offset, data)
-            await self.backend.write(offset, memoryview(data))
+            await self.put(offset, data)
         elif kind < 0.7:
             self._may_become(offset, bytes(length))
             await self.backend.write_zeroes(offset, length, self.random.choice([0, UNMAP]))

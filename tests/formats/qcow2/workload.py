@@ -126,7 +126,7 @@ class Workload:
         cluster = self.driver.header.cluster_size
         if kind < 0.5:
             data = self.random.randbytes(length)
-            await self.backend.write(offset, memoryview(data))
+            await self.put(offset, data)
             self.model[offset:end] = data
         elif kind < 0.65:
             await self.backend.write_zeroes(offset, length, self.random.choice([0, UNMAP]))
@@ -145,6 +145,11 @@ class Workload:
     def _can_compress(self, offset: int, length: int) -> bool:
         header = self.driver.header
         return offset % header.cluster_size == 0 and length == header.cluster_size and not header.has_data_file
+
+    async def put(self, offset: int, data: bytes) -> None:
+        """A write, in place if that can be: as a server does it."""
+        if len(data) > 4096 or not self.backend.write_now(offset, memoryview(data)):
+            await self.backend.write(offset, memoryview(data))
 
     async def _discard(self, offset: int, end: int) -> None:
         if offset >= end:
