@@ -6,7 +6,7 @@ from nbd_protocol.client_negotiation import ClientNegotiation
 from nbd_protocol.constants import OptionReplyType, TransmissionFlag
 from nbd_protocol.negotiation import ExportInfo
 from nbd_protocol.negotiation_events import ExportDescribed, MetaContextsListed, Refused
-from pynbd.storage.nbd.address import ServerAddress
+from pynbd.storage.nbd.address import NbdPlace
 from pynbd.storage.nbd.handshake import Handshake
 
 PROTOCOLS = {"oldstyle": "oldstyle", "newstyle": "newstyle", "fixed newstyle": "newstyle-fixed"}
@@ -54,14 +54,14 @@ def server_line(told: dict[str, Any]) -> str:
     return f"protocol: {told['protocol']} {'with' if told['TLS'] else 'without'} TLS, using {told['replies']} packets"
 
 
-def describe_export(address: ServerAddress, name: str, info: ExportInfo, contexts: tuple[str, ...]) -> dict[str, Any]:
+def describe_export(place: NbdPlace, name: str, info: ExportInfo, contexts: tuple[str, ...]) -> dict[str, Any]:
     """An export; what the server does not tell is left out."""
     told: dict[str, Any] = {"export-name": name}
     if info.canonical_name not in (None, name):
         told["canonical-name"] = info.canonical_name
     if info.description:
         told["description"] = info.description
-    told["uri"] = str(address.uri(name))
+    told["uri"] = str(place.uri(name))
     told["contexts"] = list(contexts)
     told |= {ability: bool(info.flags & flag) for ability, flag in ABILITIES}
     told |= {
@@ -87,7 +87,7 @@ def export_lines(told: dict[str, Any]) -> list[str]:
     return lines
 
 
-async def ask_about(handshake: Handshake, export: str) -> dict[str, Any]:
+async def ask_about(handshake: Handshake, place: NbdPlace, export: str) -> dict[str, Any]:
     """Ask about an export, and describe it.
 
     A server that can't tell without serving is made to serve it for that; the handshake is over then. So is one that
@@ -106,11 +106,9 @@ async def ask_about(handshake: Handshake, export: str) -> dict[str, Any]:
         # A server that refuses has none to tell of; that is no failure.
         contexts = listed.contexts if isinstance(listed, MetaContextsListed) else ()
         if event.info.size:
-            return describe_export(handshake.address, export, event.info, contexts)
+            return describe_export(place, export, event.info, contexts)
     elif isinstance(event, Refused) and event.reply_type != OptionReplyType.ERR_UNSUP:
         raise handshake.refusal(event, export)
     connected, established = await handshake.connect(export)
     connected.close()
-    return describe_export(
-        handshake.address, export, established.info, contexts or tuple(established.contexts.values())
-    )
+    return describe_export(place, export, established.info, contexts or tuple(established.contexts.values()))

@@ -8,8 +8,10 @@ import json
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
+from pynbd.cli.server_place import add_tls_arguments, server_place
+
 if TYPE_CHECKING:
-    from pynbd.storage.nbd.address import ServerAddress
+    from pynbd.cli.server_place import ServerPlace
     from pynbd.storage.nbd.connection import Connection, Request
 
 BASE_ALLOCATION = "base:allocation"
@@ -18,7 +20,7 @@ BASE_ALLOCATION = "base:allocation"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
     parser.description = "Tell what an NBD server says of an export."
-    parser.usage = "%(prog)s [--json] [--size | --map[=CONTEXT] [--totals] | --list] URI"
+    parser.usage = "%(prog)s [OPTION…] [--json] [--size | --map[=CONTEXT] [--totals] | --list] URI"
     # Optional only because argparse gives a URI that follows a bare --map to --map.
     parser.add_argument(
         "uri", metavar="URI", nargs="?", help="nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH"
@@ -35,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--list", action="store_true", help="tell of all exports of the server, like `pynbd list --full`")
     parser.add_argument("--totals", action="store_true", help="with --map: sum up each kind of extents")
+    add_tls_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -48,47 +51,45 @@ async def _run(arguments: argparse.Namespace) -> int:
     from pynbd.block.errors import OptionError
     from pynbd.cli.export_description import ask_about, describe_server, export_lines, server_line
     from pynbd.cli.list_exports import print_exports
-    from pynbd.storage.nbd.address import server_and_export
-    from pynbd.storage.nbd.handshake import Handshake
 
     uri, context = arguments.uri, arguments.map
     if uri is None and context is not None:
         uri, context = context, BASE_ALLOCATION
     if uri is None:
         raise OptionError("the URI of an export is missing")
-    address, export = server_and_export(uri)
+    server = server_place(uri, arguments)
+    export = server.place.export
     if arguments.list:
-        return await print_exports(address, as_json=arguments.json, in_full=True)
+        return await print_exports(server, as_json=arguments.json, in_full=True)
     if context is not None:
-        return await _print_map(address, export, context, arguments)
-    async with Handshake(address) as handshake:
-        told = await ask_about(handshake, export)
-        server = describe_server(handshake.negotiation)
+        return await _print_map(server, export, context, arguments)
+    async with server.handshake() as handshake:
+        told = await ask_about(handshake, server.place, export)
+        described = describe_server(handshake.negotiation)
         await handshake.end()
     if arguments.size:
         print(told["export-size"])
     elif arguments.json:
-        print(json.dumps({**server, "exports": [told]}, indent=2, ensure_ascii=False))
+        print(json.dumps({**described, "exports": [told]}, indent=2, ensure_ascii=False))
     else:
-        print("\n".join([server_line(server), *export_lines(told)]))
+        print("\n".join([server_line(described), *export_lines(told)]))
     return 0
 
 
 # --- the map --------------------------------------------------------------------------------------------------
 
 
-async def _print_map(address: ServerAddress, export: str, context: str, arguments: argparse.Namespace) -> int:
+async def _print_map(server: ServerPlace, export: str, context: str, arguments: argparse.Namespace) -> int:
     from pynbd.storage.nbd.connection import Connection
     from pynbd.storage.nbd.durability import Durability
-    from pynbd.storage.nbd.handshake import Handshake
 
-    async with Handshake(address) as handshake:
+    async with server.handshake() as handshake:
         connected, established = await handshake.connect(export, [context])
         trailing = handshake.negotiation.trailing_data
-    connection = Connection(str(address), connected, established, trailing, Durability(), _fail_all)
+    connection = Connection(str(server), connected, established, trailing, Durability(), _fail_all)
     try:
         if context not in connection.contexts:
-            raise OSError(errno.ENOENT, f"export {export!r} of '{address}' has no metadata context {context!r}")
+            raise OSError(errno.ENOENT, f"export {export!r} of '{server}' has no metadata context {context!r}")
         extents = _merged(_extents(connection, context))
         await (_print_totals if arguments.totals else _print_extents)(
             extents, context, established.info.size, as_json=arguments.json

@@ -8,9 +8,11 @@ import json
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from pynbd.cli.server_place import add_tls_arguments, server_place
+
 if TYPE_CHECKING:
     from nbd_protocol.messages import ServerReply
-    from pynbd.storage.nbd.address import ServerAddress
+    from pynbd.cli.server_place import ServerPlace
     from pynbd.storage.nbd.handshake import Handshake
 
 
@@ -20,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("uri", metavar="URI", help="nbd://HOST[:PORT], nbd+unix://?socket=PATH …")
     parser.add_argument("--json", action="store_true", help="tell it as JSON, with nbdinfo's names")
     parser.add_argument("--full", action="store_true", help="tell all that `pynbd info` tells, of each export")
+    add_tls_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -30,13 +33,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _run(arguments: argparse.Namespace) -> int:
-    from pynbd.storage.nbd.address import server_and_export
-
-    address, _ = server_and_export(arguments.uri)
-    return await print_exports(address, as_json=arguments.json, in_full=arguments.full)
+    server = server_place(arguments.uri, arguments)
+    return await print_exports(server, as_json=arguments.json, in_full=arguments.full)
 
 
-async def print_exports(address: ServerAddress, *, as_json: bool, in_full: bool) -> int:
+async def print_exports(server: ServerPlace, *, as_json: bool, in_full: bool) -> int:
     """Print what a server has: a line for each export, or all that is known of it, or JSON.
 
     Returns:
@@ -47,11 +48,11 @@ async def print_exports(address: ServerAddress, *, as_json: bool, in_full: bool)
     """
     from pynbd.cli.export_description import export_lines, server_line
 
-    server, exports = await _ask(address)
+    described, exports = await _ask(server)
     if as_json:
-        print(json.dumps({**server, "exports": exports}, indent=2, ensure_ascii=False))
+        print(json.dumps({**described, "exports": exports}, indent=2, ensure_ascii=False))
     elif in_full:
-        print(server_line(server))
+        print(server_line(described))
         for export in exports:
             print("\n".join(export_lines(export) if "export-size" in export else _short(export)))
     else:
@@ -74,34 +75,38 @@ def _short(export: dict[str, Any]) -> list[str]:
     ]
 
 
-async def _ask(address: ServerAddress) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+async def _ask(server: ServerPlace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What the server tells of itself and of each of its exports, over as many connections as that takes."""
     from pynbd.cli.export_description import describe_server
-    from pynbd.storage.nbd.handshake import Handshake
 
     exports: list[dict[str, Any]] = []
-    async with Handshake(address) as handshake:
-        left = await _names(handshake, address)
-        server = describe_server(handshake.negotiation)
-        await _describe_some(handshake, left, exports)
+    async with server.handshake() as handshake:
+        left = await _names(handshake, server)
+        described = describe_server(handshake.negotiation)
+        await _describe_some(handshake, server, left, exports)
     while left:
-        async with Handshake(address) as handshake:
-            await _describe_some(handshake, left, exports)
-    return server, exports
+        async with server.handshake() as handshake:
+            await _describe_some(handshake, server, left, exports)
+    return described, exports
 
 
-async def _names(handshake: Handshake, address: ServerAddress) -> deque[ServerReply]:
+async def _names(handshake: Handshake, server: ServerPlace) -> deque[ServerReply]:
+    from nbd_protocol.constants import Option
     from nbd_protocol.negotiation_events import ExportsListed, Refused
 
     handshake.negotiation.list_exports()
     event = await handshake.answer()
     if isinstance(event, Refused):
-        raise OSError(errno.EPERM, f"'{address}' does not list its exports: {event.exception()}")
+        if event.option == Option.STARTTLS:
+            raise handshake.refusal(event, "")
+        raise OSError(errno.EPERM, f"'{server}' does not list its exports: {event.exception()}")
     assert isinstance(event, ExportsListed), event
     return deque(event.exports)
 
 
-async def _describe_some(handshake: Handshake, left: deque[ServerReply], exports: list[dict[str, Any]]) -> None:
+async def _describe_some(
+    handshake: Handshake, server: ServerPlace, left: deque[ServerReply], exports: list[dict[str, Any]]
+) -> None:
     """Take exports off the list and describe them, while this connection serves further options."""
     from nbd_protocol.client_negotiation import State
     from pynbd.cli.export_description import ask_about
@@ -111,7 +116,7 @@ async def _describe_some(handshake: Handshake, left: deque[ServerReply], exports
     while left:
         listed = left.popleft()
         try:
-            described = await ask_about(handshake, listed.name)
+            described = await ask_about(handshake, server.place, listed.name)
         except OSError as problem:
             # One export that is refused is no reason not to tell of the others.
             described = {"export-name": listed.name, "error": told(problem)}

@@ -346,7 +346,7 @@ async def test_wrong_options_are_named() -> None:
         ({"server": {"type": "unix", "path": "a"}, "port": 1}, "'server' and 'port' both say where the server is"),
         ({"server": {"type": "unix"}}, "a server of type 'unix' needs its path"),
         ({"host": "a", "port": "0"}, "port"),
-        ({"host": "a", "tls-creds": "tls0"}, "TLS is not supported yet"),
+        ({"host": "a", "tls-creds": "tls0"}, "there is no tls-creds-x509 'tls0'"),
         ({"host": "a", "connections": 17}, "connections"),
         ({"host": "a", "sever": 1}, "sever: driver 'nbd' has no such option"),
     ):

@@ -8,7 +8,7 @@ import pytest
 
 from pynbd.block.errors import OptionError
 from pynbd.block.graph import Graph
-from pynbd.storage.nbd.address import parse_name, server_and_export
+from pynbd.storage.nbd.address import parse_name, place_of
 
 
 def inet(host: str, port: int, export: str = "") -> dict[str, Any]:
@@ -33,6 +33,17 @@ def unix(path: str, export: str = "") -> dict[str, Any]:
         ("nbd:localhost:10809:exportname=a:b=c", inet("localhost", 10809, "a:b=c")),
         ("nbd:unix:/run/s", unix("/run/s")),
         ("nbd:unix:/run/s:t:exportname=x", unix("/run/s:t", "x")),
+        ("nbds://localhost", {**inet("localhost", 10809), "tls": True}),
+        (
+            "nbds+unix:///x?socket=s&tls-certificates=/a/b&tls-hostname=h&tls-verify-peer=0&tls-type=x509",
+            {
+                **unix("s", "x"),
+                "tls": True,
+                "tls-certificates": "/a/b",
+                "tls-hostname": "h",
+                "tls-verify-peer": False,
+            },
+        ),
     ],
 )
 def test_names(name: str, options: dict[str, Any]) -> None:
@@ -43,9 +54,10 @@ def test_names(name: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("nbds://localhost", "TLS is not supported yet"),
-        ("nbds+unix:///?socket=s", "TLS is not supported yet"),
-        ("nbd://localhost?tls-certificates=/etc", "TLS is not supported yet"),
+        ("nbd://localhost?tls-certificates=/etc", "tls-certificates belongs to nbds://"),
+        ("nbd+unix:///?socket=s&tls-verify-peer=0", "tls-verify-peer belongs to nbds://"),
+        ("nbds://localhost?tls-type=psk", "there is TLS with certificates only"),
+        ("nbds://alice@localhost", "there is TLS with certificates only"),
         ("nbd+unix:///x", "needs the parameter socket=PATH"),
         ("nbd://localhost:0", "port 0"),
         ("nbd://localhost?sokcet=x", "did you mean socket"),
@@ -70,6 +82,34 @@ def test_wrong_names(name: str, said: str) -> None:
     ],
 )
 def test_addresses_for_people(name: str, shown: str) -> None:
-    address, export = server_and_export(name)
-    assert str(address) == shown
-    assert server_and_export(str(address.uri(export))) == (address, export)
+    place = place_of(name)
+    assert str(place.address()) == shown
+    assert place_of(str(place.uri())) == place
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nbds://h:2/x?tls-hostname=other&tls-certificates=/a%20b&tls-verify-peer=0",
+        "nbds+unix:///a?socket=/run/s",
+        "nbd://h/x",
+    ],
+)
+def test_a_uri_says_it_again(name: str) -> None:
+    uri = place_of(name).uri()
+    assert place_of(str(uri)) == place_of(name)
+    assert str(place_of(name).uri("other")) == str(uri.with_export("other"))
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "said"),
+    [
+        ("nbd://h", {"tls_hostname": "x"}, "'tls-hostname' and 'tls-verify-peer' need TLS"),
+        ("nbds://h?tls-certificates=a", {"tls_creds": "tls0"}, "'tls-creds' says already what"),
+        ("nbds://h?tls-verify-peer=0", {"tls_creds": "tls0"}, "'tls-creds' says already what"),
+    ],
+)
+def test_what_contradicts(name: str, more: dict[str, str], said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        place_of(name, **more)
+    assert place_of("nbd://h", tls_creds="tls0").uses_tls

@@ -10,12 +10,12 @@ import msgspec
 
 from nbd_protocol.constants import DEFAULT_PORT
 from nbd_protocol.uri import NbdUri, UriError, parse_uri
+from pynbd.block import options as opt
 from pynbd.block.errors import OptionError
+from pynbd.block.options import NodeOptions
 
 SOCKET_BUFFER_BYTES = 4 << 20
 """What is asked of the kernel for each direction; it gives as much as its limits allow."""
-
-TLS_MISSING = "TLS is not supported yet"
 
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
@@ -49,25 +49,93 @@ class ServerAddress(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", f
         if self.type == "inet" and self.path:
             raise ValueError("a server of type 'inet' has host and port, and no path")
 
-    def uri(self, export: str) -> NbdUri:
+    def uri(self, export: str, *, tls: bool = False) -> NbdUri:
         """The URI of one of its exports."""
         if self.type == "unix":
-            return NbdUri("nbd+unix", socket_path=self.path, export=export)
-        return NbdUri("nbd", host=self.host, port=self.port, export=export)
+            return NbdUri("nbds+unix" if tls else "nbd+unix", socket_path=self.path, export=export)
+        return NbdUri("nbds" if tls else "nbd", host=self.host, port=self.port, export=export)
 
     def __str__(self) -> str:
         return self.uri("").address
 
 
+class NbdPlace(NodeOptions, frozen=True, kw_only=True):
+    """Where an export is, and how to reach it. The names are QEMU's, and those with tls- that it lacks are libnbd's.
+
+    Args:
+        server: where the server is; or else, flat, `host` and `port`, or `path`.
+        host: the server's name or address.
+        port: its TCP port.
+        path: its Unix socket.
+        export: the export's name, "" for the server's default.
+        tls: whether nothing may be said without TLS; the options below ask for it as well. If they do not say what
+            the server's certificate is verified with, it is the authorities that the system believes.
+        tls_creds: the object that says whom we believe and who we are; or else
+        tls_certificates: a folder with ca-cert.pem, and client-cert.pem and client-key.pem if we have some.
+        tls_verify_peer: whether the server's certificate is verified at all; with tls-creds, that says it.
+        tls_hostname: the name that the server's certificate must bear, if it is not the host's.
+    """
+
+    server: ServerAddress | None = None
+    host: str = ""
+    port: Port | None = None
+    path: str = ""
+    export: str = ""
+    tls: opt.OnOff = False
+    tls_creds: str | None = None
+    tls_certificates: str = ""
+    tls_verify_peer: opt.OnOff = True
+    tls_hostname: str | None = None
+
+    def __post_init__(self) -> None:
+        self.address()
+        if self.tls_creds is not None and (self.tls_certificates or not self.tls_verify_peer):
+            raise ValueError("'tls-creds' says already what 'tls-certificates' and 'tls-verify-peer' would say")
+        if not self.uses_tls and (self.tls_hostname is not None or not self.tls_verify_peer):
+            raise ValueError("'tls-hostname' and 'tls-verify-peer' need TLS: give 'tls-creds' or 'tls'")
+
+    @property
+    def uses_tls(self) -> bool:
+        """Whether TLS is asked for."""
+        return self.tls or self.tls_creds is not None or bool(self.tls_certificates)
+
+    def address(self) -> ServerAddress:
+        """Where the server is."""
+        flat = [name for name, value in (("host", self.host), ("port", self.port), ("path", self.path)) if value]
+        if self.server is not None:
+            if flat:
+                raise ValueError(f"'server' and {flat[0]!r} both say where the server is")
+            return self.server
+        if self.path:
+            if len(flat) > 1:
+                raise ValueError("'path' and 'host' or 'port' both say where the server is")
+            return ServerAddress(type="unix", path=self.path)
+        if not flat:
+            raise ValueError("one of 'server', 'host' and 'path' is needed")
+        if self.port is None:
+            return ServerAddress(type="inet", host=self.host)
+        return ServerAddress(type="inet", host=self.host, port=self.port)
+
+    def uri(self, export: str | None = None) -> NbdUri:
+        """The URI of this export, or of another one there. Objects are none that a URI could name."""
+        uri = self.address().uri(self.export if export is None else export, tls=self.uses_tls)
+        return msgspec.structs.replace(
+            uri,
+            tls_certificates=self.tls_certificates or None,
+            tls_hostname=self.tls_hostname,
+            tls_verify_peer=None if self.tls_verify_peer else False,
+        )
+
+
 def parse_name(name: str) -> dict[str, Any]:
-    """The options `server` and `export` that a name stands for.
+    """The options that a name stands for: `server`, `export`, and what it says of TLS.
 
     Args:
         name: an NBD URI (`nbd://host:port/export`, `nbd+unix:///export?socket=path`), or what QEMU took before
             there were URIs: `nbd:HOST:PORT[:exportname=NAME]`, `nbd:unix:PATH[:exportname=NAME]`.
 
     Raises:
-        OptionError: it is neither, or it wants TLS.
+        OptionError: it is neither, or it asks for TLS in a way that there is not.
     """
     if name.startswith("nbd:") and not name.startswith(("nbd://", "nbd:/")):
         return _parse_legacy(name)
@@ -75,21 +143,40 @@ def parse_name(name: str) -> dict[str, Any]:
         uri = parse_uri(name)
     except UriError as problem:
         raise OptionError(f"{name}: {problem}") from None
-    if uri.is_tls_required or uri.tls_certificates or uri.tls_psk_file or uri.tls_type:
-        raise OptionError(f"{name}: {TLS_MISSING}")
+    server: dict[str, Any] = {"type": "inet", "host": uri.host, "port": uri.port}
     if uri.is_unix:
-        return {"server": {"type": "unix", "path": uri.socket_path}, "export": uri.export}
-    return {"server": {"type": "inet", "host": uri.host, "port": uri.port}, "export": uri.export}
+        server = {"type": "unix", "path": uri.socket_path}
+    return {"server": server, "export": uri.export, **_tls_options(uri, name)}
 
 
-def server_and_export(name: str) -> tuple[ServerAddress, str]:
-    """What `parse_name` gives, for those who only want to talk to the server.
+def _tls_options(uri: NbdUri, name: str) -> dict[str, Any]:
+    given = {
+        "tls-certificates": uri.tls_certificates,
+        "tls-hostname": uri.tls_hostname,
+        "tls-verify-peer": uri.tls_verify_peer,
+    }
+    said = {key: value for key, value in given.items() if value is not None}
+    if uri.tls_type not in (None, "x509") or uri.tls_psk_file is not None or uri.tls_username is not None:
+        raise OptionError(f"{name}: there is TLS with certificates only (tls-type=x509)")
+    if not uri.is_tls_required:
+        if said or uri.tls_type:
+            raise OptionError(f"{name}: {next(iter(said), 'tls-type')} belongs to nbds:// and nbds+unix://")
+        return {}
+    return {"tls": True, **said}
+
+
+def place_of(name: str, **more: Any) -> NbdPlace:
+    """Where a name leads, for those who only want to talk to the server.
+
+    Args:
+        name: as `parse_name` takes it.
+        more: options of TLS by their Python names that are said beside it; None is unsaid.
 
     Raises:
-        OptionError: as `parse_name`.
+        OptionError: as `parse_name`; or the options contradict each other.
     """
-    place = parse_name(name)
-    return msgspec.convert(place["server"], ServerAddress), place["export"]
+    said = {key.replace("_", "-"): value for key, value in more.items() if value is not None}
+    return opt.convert({**parse_name(name), **said}, NbdPlace, driver="nbd")
 
 
 def _parse_legacy(name: str) -> dict[str, Any]:

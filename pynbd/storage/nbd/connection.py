@@ -1,7 +1,8 @@
 """One socket in the transmission phase: requests go out in batches, replies come in as they like.
 
-A plain non-blocking socket, watched by the event loop. What was asked for within one turn of the loop leaves in one
-`sendmsg`; small replies are received many at a time; large read payloads are received where they belong.
+A non-blocking socket, plain or with TLS in it, watched by the event loop. What was asked for within one turn of the
+loop leaves in one `sendmsg`; small replies are received many at a time; large read payloads are received where they
+belong.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ from nbd_protocol.constants import META_BASE_ALLOCATION, Command
 from nbd_protocol.errors import LocalProtocolError, RemoteProtocolError, nbd_to_errno
 from nbd_protocol.negotiation_events import Established
 from nbd_protocol.transmission import ClientTransmission, DataChunk, Done, ErrorChunk, Event, HoleChunk, StatusChunk
+from pynbd.crypto.tls_socket import TlsSocket
 from pynbd.storage.nbd.durability import Durability
 
 RECEIVE_BYTES = 256 * 1024
@@ -132,7 +134,7 @@ class Connection:
     def __init__(
         self,
         name: str,
-        connected: socket.socket,
+        connected: socket.socket | TlsSocket,
         established: Established,
         trailing_data: bytes,
         durability: Durability,
@@ -148,6 +150,7 @@ class Connection:
         """The server shuts down: give it nothing more."""
         self._loop = asyncio.get_running_loop()
         self._socket = connected
+        self._secure = connected if isinstance(connected, TlsSocket) else None
         self._durability = durability
         self._lost = lost
         self._keeps_refused = keeps_refused
@@ -174,7 +177,7 @@ class Connection:
         self._buffer[: self._filled] = trailing_data
         self._in_place: memoryview | None = None
         self._loop.add_reader(connected.fileno(), self._readable)
-        if trailing_data:
+        if trailing_data or self._more_than_readable:
             self._loop.call_soon(self._readable)
 
     @property
@@ -241,9 +244,18 @@ class Connection:
 
     # --- in -------------------------------------------------------------------------------------------------
 
+    @property
+    def _more_than_readable(self) -> bool:
+        """Whether there may be something to receive of which the socket will not tell."""
+        return self._secure is not None and self._secure.more
+
     def _readable(self) -> None:
+        if self._closed:
+            return
         try:
             self._receive()
+            if self._secure is not None and self._secure.more and not self._closed:
+                self._loop.call_soon(self._readable)
         except OSError as problem:
             self._lose(f"receiving failed: {problem.strerror or problem}")
         except RemoteProtocolError as problem:

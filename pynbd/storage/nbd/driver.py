@@ -1,6 +1,6 @@
 """The driver `nbd`.
 
-Limits: no TLS yet; no resize; a server that restarts must serve an export of the same size and no less able.
+Limits: no resize; a server that restarts must serve an export of the same size and no less able.
 """
 
 from collections.abc import Sequence
@@ -28,11 +28,12 @@ from pynbd.block.limits import Limits
 from pynbd.block.options import MAX_SIZE_BYTES, NodeOptions
 from pynbd.block.requests import RequestFlag
 from pynbd.block.status import MAX_STATUS_EXTENTS
-from pynbd.storage.nbd.address import TLS_MISSING, Port, ServerAddress, parse_name
+from pynbd.storage.nbd.address import NbdPlace, parse_name
 from pynbd.storage.nbd.connection import Connection, Lost, Request
 from pynbd.storage.nbd.durability import Durability
 from pynbd.storage.nbd.handshake import Handshake
 from pynbd.storage.nbd.link import Link
+from pynbd.storage.nbd.tls import ClientTls, client_tls
 
 MAX_CONNECTIONS = 16
 """Of one node; more than a few never made a server faster."""
@@ -61,7 +62,7 @@ ABILITIES = (
 """What an export must still be able to do when its server comes back."""
 
 
-class NbdOptions(NodeOptions, frozen=True, kw_only=True):
+class NbdOptions(NbdPlace, frozen=True, kw_only=True):
     """Options of the driver `nbd`; the names are QEMU's.
 
     Args:
@@ -73,43 +74,18 @@ class NbdOptions(NodeOptions, frozen=True, kw_only=True):
         reconnect_delay: seconds for which requests wait when the connection is lost, while it is made again and what
             was not answered is sent again; 0: they fail at once, and the next request tries to connect.
         open_timeout: seconds for which opening goes on trying to connect; 0: one attempt.
-        tls_creds: not supported yet.
-        tls_hostname: not supported yet.
+        tls: nothing may be said without TLS; the options below ask for it as well. If none says what the server's
+            certificate is verified with, it is the authorities that the system believes.
+        tls_creds: the id of an object `tls-creds-x509` that says whom we believe and who we are; or else
+        tls_certificates: a folder with ca-cert.pem, and client-cert.pem and client-key.pem if we have some.
+        tls_verify_peer: whether the server's certificate is verified at all; with `tls-creds`, that says it.
+        tls_hostname: the name that the server's certificate must bear, if it is not the host's.
         connections: to make, where the server allows more than one.
     """
 
-    server: ServerAddress | None = None
-    host: str = ""
-    port: Port | None = None
-    path: str = ""
-    export: str = ""
     reconnect_delay: Delay = 0
     open_timeout: Delay = 0
-    tls_creds: str | None = None
-    tls_hostname: str | None = None
     connections: Annotated[int, msgspec.Meta(ge=1, le=MAX_CONNECTIONS)] = 1
-
-    def __post_init__(self) -> None:
-        if self.tls_creds is not None or self.tls_hostname is not None:
-            raise ValueError(TLS_MISSING)
-        self.address()
-
-    def address(self) -> ServerAddress:
-        """Where the server is."""
-        flat = [name for name, value in (("host", self.host), ("port", self.port), ("path", self.path)) if value]
-        if self.server is not None:
-            if flat:
-                raise ValueError(f"'server' and {flat[0]!r} both say where the server is")
-            return self.server
-        if self.path:
-            if len(flat) > 1:
-                raise ValueError("'path' and 'host' or 'port' both say where the server is")
-            return ServerAddress(type="unix", path=self.path)
-        if not flat:
-            raise ValueError("one of 'server', 'host' and 'path' is needed")
-        if self.port is None:
-            return ServerAddress(type="inet", host=self.host)
-        return ServerAddress(type="inet", host=self.host, port=self.port)
 
 
 class Nbd(Driver):
@@ -126,6 +102,7 @@ class Nbd(Driver):
         self._links: list[Link] = []
         self._first: Link
         self._established: Established | None = None
+        self._tls: ClientTls | None = None
         self._flags = TransmissionFlag(0)
         self._max_status = 0
 
@@ -134,7 +111,7 @@ class Nbd(Driver):
         return parse_name(filename)
 
     def filename(self) -> str:
-        return str(self._address.uri(self.options.export))
+        return str(self.options.uri())
 
     def _described(self) -> str:
         return f"{self.node.name} ({self.filename()})"
@@ -142,6 +119,7 @@ class Nbd(Driver):
     # --- life ----------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
+        self._tls = client_tls(self.options, self.node.objects)
         try:
             self._first = await self._open_link(self.options.open_timeout)
             if self._flags & TransmissionFlag.CAN_MULTI_CONN:
@@ -164,7 +142,7 @@ class Nbd(Driver):
 
     async def _dial(self, lost: Lost) -> Connection:
         """One attempt to connect to the export; the first tells what it is, all others must find the same."""
-        async with Handshake(self._address) as handshake:
+        async with Handshake(self._address, tls=self._tls) as handshake:
             connected, established = await handshake.connect(self.options.export)
             try:
                 if self._established is None:

@@ -13,11 +13,13 @@ from types import TracebackType
 from typing import Final, Self
 
 from nbd_protocol.client_negotiation import ClientNegotiation, State
-from nbd_protocol.constants import META_BASE_ALLOCATION, NEGOTIATION_TIMEOUT_S, OptionReplyType
+from nbd_protocol.constants import META_BASE_ALLOCATION, NEGOTIATION_TIMEOUT_S, Option, OptionReplyType
 from nbd_protocol.errors import RemoteProtocolError
 from nbd_protocol.negotiation import NEED_DATA
-from nbd_protocol.negotiation_events import ClientEvent, Established, Refused
-from pynbd.storage.nbd.address import TLS_MISSING, ServerAddress, connect_socket
+from nbd_protocol.negotiation_events import ClientEvent, Established, Refused, TlsWanted
+from pynbd.crypto.tls_socket import TlsSocket, receive, send_all
+from pynbd.storage.nbd.address import ServerAddress, connect_socket
+from pynbd.storage.nbd.tls import ClientTls
 
 RECEIVE_BYTES = 64 * 1024
 
@@ -38,13 +40,14 @@ class Handshake:
 
     Args:
         address: the server.
-        negotiation: with other wishes than usual (no structured replies …).
+        tls: how, if nothing may be said without it.
     """
 
-    def __init__(self, address: ServerAddress, negotiation: ClientNegotiation | None = None) -> None:
+    def __init__(self, address: ServerAddress, *, tls: ClientTls | None = None) -> None:
         self.address = address
-        self.negotiation = negotiation or ClientNegotiation()
-        self._socket: socket.socket | None = None
+        self.negotiation = ClientNegotiation(tls="off" if tls is None else "require")
+        self._tls = tls
+        self._socket: socket.socket | TlsSocket | None = None
 
     async def __aenter__(self) -> Self:
         try:
@@ -82,18 +85,23 @@ class Handshake:
 
     async def _answer(self) -> ClientEvent:
         assert self._socket is not None
-        loop = asyncio.get_running_loop()
         while True:
             event = self.negotiation.next_event()
             if outgoing := self.negotiation.data_to_send():
-                await loop.sock_sendall(self._socket, outgoing)
-            if event is not NEED_DATA:
+                await send_all(self._socket, outgoing)
+            if event is NEED_DATA:
+                self.negotiation.receive_data(await receive(self._socket, RECEIVE_BYTES))
+            elif isinstance(event, TlsWanted):
+                assert self._tls is not None
+                assert isinstance(self._socket, socket.socket)
+                self._socket = await self._tls.begin(self._socket)
+                self.negotiation.tls_established()
+            else:
                 return event
-            self.negotiation.receive_data(await loop.sock_recv(self._socket, RECEIVE_BYTES))
 
     async def connect(
         self, export: str, contexts: Sequence[str] = (META_BASE_ALLOCATION,)
-    ) -> tuple[socket.socket, Established]:
+    ) -> tuple[socket.socket | TlsSocket, Established]:
         """Use an export: the socket, which now is the caller's to close, and what was negotiated.
 
         What the server sent behind it is in `negotiation.trailing_data`.
@@ -120,8 +128,11 @@ class Handshake:
 
     def refusal(self, refused: Refused, export: str) -> OSError:
         """The error for what the server refused."""
+        if refused.option == Option.STARTTLS:
+            return self._error(errno.EACCES, f"the server does not begin TLS: {refused.text or refused.exception()}")
         if refused.reply_type == OptionReplyType.ERR_TLS_REQD:
-            return self._error(errno.EACCES, f"the server demands TLS for export {export!r}, and {TLS_MISSING}")
+            how = "use a URI with nbds, or tls-creds"
+            return self._error(errno.EACCES, f"the server demands TLS for export {export!r}: {how}")
         code = next((code for kind, code in REFUSALS.items() if kind == refused.reply_type), errno.EINVAL)
         reason = refused.text or os.strerror(code)
         return self._error(code, f"the server refuses export {export!r}: {reason} ({refused.exception()})")
