@@ -41,6 +41,8 @@ class DirtyBitmap:
         self.name = name
         self.granularity = granularity
         self.enabled = True
+        self.persistent = False
+        """Whether the image keeps it; see `families.PersistentBitmaps`."""
         self._shift = granularity.bit_length() - 1
         self.size = 0
         self._bits = bytearray()
@@ -77,6 +79,22 @@ class DirtyBitmap:
         last = -(-end >> self._shift) if end == self.size else end >> self._shift
         if first < last:
             self._fill(first, last, dirty=False)
+
+    def merge(self, other: "DirtyBitmap") -> None:
+        """Note what is dirty in another bitmap of a disk of the same size, enabled or not.
+
+        Raises:
+            BlockError: the sizes differ.
+        """
+        if other.size != self.size:
+            raise BlockError(
+                f"bitmap {other.name!r} is of {other.size} bytes, {self.name!r} of {self.size}: they can't be merged"
+            )
+        offset = 0
+        for length, dirty in other.extents(0, other.size):
+            if dirty:
+                self._fill(offset >> self._shift, (offset + length - 1 >> self._shift) + 1, dirty=True)
+            offset += length
 
     def clear(self) -> None:
         """Note that everything is clean."""

@@ -236,3 +236,17 @@ async def test_a_disk_does_not_outgrow_its_bitmaps(graph: Graph) -> None:
     assert caught.value.errno == errno.EFBIG
     assert node.size == SIZE
     assert not driver(node).told("truncate")
+
+
+def test_merging() -> None:
+    """What is dirty in either is dirty then, in blocks of the one that is merged into, enabled or not."""
+    coarse, fine = DirtyBitmap("coarse", 1 << 20, 65536), DirtyBitmap("fine", 1 << 20, 4096)
+    coarse.mark(0, 1)
+    coarse.enabled = False
+    fine.mark(70000, 1)
+    fine.mark((1 << 20) - 1, 1)
+    coarse.merge(fine)
+    assert list(coarse.extents(0, 1 << 20)) == [(131072, True), (13 * 65536, False), (65536, True)]
+    assert fine.count == 2 * 4096
+    with pytest.raises(BlockError, match="can't be merged"):
+        coarse.merge(DirtyBitmap("other", 1 << 19))

@@ -14,6 +14,7 @@ from pynbd.cli import Parser, Verb
 VERBS = {
     "amend": Verb("pynbd.cli.img.amend", "change options of an image"),
     "bench": Verb("pynbd.cli.img.bench", "time requests to a disk"),
+    "bitmap": Verb("pynbd.cli.img.bitmap", "change the dirty bitmaps that an image keeps"),
     "check": Verb("pynbd.cli.img.check", "tell whether an image is sound, and mend it"),
     "commit": Verb("pynbd.cli.img.commit", "write what an image holds into its backing file"),
     "compare": Verb("pynbd.cli.img.compare", "tell whether two images hold the same disk"),

@@ -49,6 +49,7 @@ async def run(arguments: argparse.Namespace) -> int:
         writing=repair is not Repair.NOTHING,
         cache=arguments.cache,
         force_share=arguments.force_share,
+        for_check=True,
     ) as node:
         if not isinstance(node.driver, Checkable):
             print(f"pynbd img check: {filename}: format {node.driver.name!r} has nothing to check", file=sys.stderr)

@@ -12,7 +12,7 @@ from pynbd.block.families import CheckResult
 from pynbd.cli.img import qemu_json
 from pynbd.cli.img.check import facts_of, human_text, status_of
 from tests.cli.img.chains import make_chain, qemu
-from tests.cli.img.side_by_side import qemu_img, same
+from tests.cli.img.side_by_side import img, qemu_img, same
 
 
 @pytest.mark.parametrize(
@@ -90,3 +90,34 @@ def test_statuses() -> None:
     assert status_of(CheckResult(leaks=1)) == 3
     assert status_of(CheckResult(leaks=1, corruptions=1)) == 2
     assert status_of(CheckResult(leaks=1, corruptions=1, check_errors=1)) == 1
+
+
+@pytest.mark.parametrize("output", [(), ("--output=json",), ("-q",)])
+@pytest.mark.parametrize("case", ["sound", "leaked", "corrupt", "marked", "compressed"])
+def test_qcow2(case: str, output: tuple[str, ...], folder: Path) -> None:
+    """The same is found, and the same is told."""
+    make_chain()
+    name = damaged("image.qcow2", {"leaked": {-1: 2}, "corrupt": {-1: 0}}.get(case, {}))
+    if case == "marked":
+        content = bytearray(Path(name).read_bytes())
+        content[79] |= 2
+        Path(name).write_bytes(content)
+    elif case == "compressed":
+        qemu("convert", "-c", "-O", "qcow2", "top.qcow2", name)
+    same("check", *output, name)
+
+
+@pytest.mark.parametrize("output", [(), ("--output=json",)])
+@pytest.mark.parametrize(("case", "repair"), [("leaked", "leaks"), ("leaked", "all"), ("marked", "all")])
+def test_repairs(case: str, repair: str, output: tuple[str, ...], folder: Path) -> None:
+    """The same is told, and afterwards qemu-img finds nothing wrong."""
+    make_chain()
+    name = damaged("image.qcow2", {-1: 2} if case == "leaked" else {})
+    content = bytearray(Path(name).read_bytes())
+    content[79] |= 2 if case == "marked" else 0
+    Path(name).write_bytes(content)
+    theirs = qemu_img("check", "-r", repair, *output, name)
+    Path(name).write_bytes(content)
+    ours = img("check", "-r", repair, *output, name)
+    assert (ours.status, ours.out) == (theirs.status, theirs.out), (ours, theirs)
+    qemu("check", "-q", name)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pynbd.cli.img.info import snapshot_lines
-from tests.cli.img.chains import qemu
-from tests.cli.img.side_by_side import same
+from tests.cli.img.chains import make_chain, qemu, qemu_io, shown
+from tests.cli.img.side_by_side import ok, same
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,21 @@ def test_the_table_is_that_of_qemu(folder: Path) -> None:
     snapshots = json.loads(qemu("info", "--output=json", "a.qcow2"))["snapshots"]
     expected = qemu("snapshot", "-l", "a.qcow2")
     assert "Snapshot list:\n" + "\n".join(snapshot_lines(snapshots)) + "\n" == expected
+
+
+def test_qcow2(folder: Path) -> None:
+    """Made, listed, applied and deleted; qemu-img sees what we do."""
+    content = make_chain()
+    ok("snapshot", "-c", "first", "top.qcow2")
+    qemu_io("top.qcow2", "write -P 7 0 2M")
+    ok("snapshot", "-c", "second", "top.qcow2")
+    same("snapshot", "-l", "top.qcow2")
+    same("info", "top.qcow2")
+    same("info", "--output=json", "top.qcow2")
+    ok("snapshot", "-a", "first", "top.qcow2")
+    assert shown("top.qcow2") == content
+    ok("snapshot", "-d", "2", "top.qcow2")
+    assert "second" not in same("snapshot", "-l", "top.qcow2")
+    same("snapshot", "-d", "missing", "top.qcow2")
+    same("snapshot", "-a", "missing", "top.qcow2")
+    qemu("check", "-q", "top.qcow2")
