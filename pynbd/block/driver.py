@@ -199,7 +199,7 @@ class Driver:
     # --- life ----------------------------------------------------------------------------------------------
 
     async def named_children(self) -> Mapping[str, Any]:
-        """Children that the image itself names (a backing file, a data file), as descriptions for `Graph.open`.
+        """Children that the image itself names (a backing file, a data file): descriptions for `Graph.open`, or nodes.
 
         Asked before `open`, when the children that were given are there. Those that the options gave, or forbade
         (`backing=null`), are not opened from here; the others are, as untrusted: only drivers of an allow-list.

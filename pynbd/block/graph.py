@@ -349,6 +349,9 @@ class Graph:
         for name, description in (await node.driver.named_children()).items():
             if name in node.children or name in plan.forbidden:
                 continue
+            if isinstance(description, Node):
+                named[name] = description
+                continue
             if filename and filename in above:
                 chain = " → ".join([*above[above.index(filename) :], filename])
                 raise BlockError(f"{filename}: its chain of backing files comes back to it: {chain}")

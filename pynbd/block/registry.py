@@ -34,6 +34,7 @@ BUILT_IN = {
     "null": "pynbd.storage.null:Null",
     "overlay": "pynbd.formats.overlay:Overlay",
     "qcow2": "pynbd.formats.qcow2.driver:Qcow2",
+    "qcow2-snapshot": "pynbd.formats.qcow2.snapshot_node:Qcow2Snapshot",
     "raw": "pynbd.formats.raw:Raw",
 }
 

@@ -8,47 +8,37 @@ repaired when it is opened for writing; one that is corrupt is refused then. Who
 (`Graph.open(…, for_check=True)`): then neither happens.
 """
 
-import asyncio
-import errno
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pynbd.block.backend import BlockBackend
-from pynbd.block.child import Child
-from pynbd.block.driver import ChildSpec, CreationOptions, Driver, ImageInfo, Location, Preallocation
-from pynbd.block.errors import BlockError, OptionError, PermissionConflict, io_error
-from pynbd.block.extents import Extent, Status
+from pynbd.block.driver import ChildSpec, CreationOptions, ImageInfo, Preallocation
+from pynbd.block.errors import BlockError, OptionError, PermissionConflict
 from pynbd.block.families import CheckResult, Measurement, Progress, Repair, SnapshotInfo, no_progress
 from pynbd.block.image_names import named_from
 from pynbd.block.limits import Limits
 from pynbd.block.options import NodeOptions, OnOff, Size
 from pynbd.block.permissions import ChildRole, Permission
 from pynbd.block.requests import RequestFlag
-from pynbd.formats.qcow2 import check, compression, creation, layout, resizing
+from pynbd.formats.qcow2 import check, creation, layout, resizing
 from pynbd.formats.qcow2.creation import Qcow2CreationOptions
 from pynbd.formats.qcow2.encrypt_options import EncryptOptions
-from pynbd.formats.qcow2.header import Header
 from pynbd.formats.qcow2.image import Image, read_header
 from pynbd.formats.qcow2.layout import CryptMethod, Incompatible
-from pynbd.formats.qcow2.mapping import DATA, NOWHERE, PACKED, ZEROES, ClusterMapping, Piece
+from pynbd.formats.qcow2.mapping import ClusterMapping
+from pynbd.formats.qcow2.reading import ClusterReader
 from pynbd.formats.qcow2.snapshots import SnapshotStore
 from pynbd.formats.qcow2.vm_state import VmState
 from pynbd.formats.qcow2.writing import Writer
-
-MAX_STATUS_RUNS = 1024
-"""Extents in one answer of block_status."""
 
 MAX_L2_CACHE_BYTES = 32 << 20
 """What L2 tables may take by default; tables are kept when they are used, so that small disks take little."""
 
 REFCOUNT_CACHE_TABLES = 64
-UNPACKED_CLUSTERS = 16
-"""Clusters that were decompressed lately and are kept: readers of 4 KiB come back for the rest of them."""
-
 COMPRESSED = int(RequestFlag.COMPRESSED)
 
 if TYPE_CHECKING:
-    from pynbd.formats.qcow2.encryption import Encryption
+    pass
 
 
 class Qcow2Options(NodeOptions, frozen=True, kw_only=True):
@@ -71,7 +61,7 @@ class Qcow2Options(NodeOptions, frozen=True, kw_only=True):
     encrypt: EncryptOptions = EncryptOptions()
 
 
-class Qcow2(Driver):
+class Qcow2(ClusterReader):
     """QEMU's image format."""
 
     name = "qcow2"
@@ -85,19 +75,9 @@ class Qcow2(Driver):
     }
     write_flags = COMPRESSED
     options: Qcow2Options
-    header: Header
-    image: Image
-    map: ClusterMapping
     writer: Writer
     snapshots: SnapshotStore
     vm_state: VmState
-    guest_file: Child
-    """Where the guest's bytes lie: `file`, or `data-file`."""
-
-    def __init__(self, options: NodeOptions) -> None:
-        super().__init__(options)
-        self.encryption: Encryption | None = None
-        self._unpacked: dict[int, bytes] = {}
 
     @classmethod
     def probe(cls, head: bytes, filename: str) -> int:
@@ -129,6 +109,7 @@ class Qcow2(Driver):
         return {"driver": format, "file": {"filename": full}} if format else {"filename": full}
 
     async def open(self) -> None:
+        self.storage = self.file
         self.header = header = await read_header(self.file, self.image_name, for_check=self.for_check)
         if header.has_data_file and "data-file" not in self.node.children:
             raise BlockError(f"{self.image_name}: its data are in another file: give data-file")
@@ -226,125 +207,6 @@ class Qcow2(Driver):
 
     async def flush_to_os(self) -> None:
         await self.image.commit()
-
-    # --- reading -------------------------------------------------------------------------------------------
-
-    def locate(self, offset: int, length: int) -> Location | None:
-        if self.encryption is not None:
-            return None
-        end = offset + length
-        if end > self.size:
-            end = self.size
-        elif host := self.map.host_of(offset, length):
-            return self.guest_file.locate(host, length)
-        if offset >= end:
-            return None
-        found = self.map.lookup(offset, end)
-        if found is None:
-            return None
-        if found.kind == DATA:
-            return self.guest_file.locate(found.host, found.stop - offset)
-        if found.kind == NOWHERE and (backing := self.node.children.get("backing")) is not None:
-            inside = min(found.stop, backing.size) - offset
-            return backing.locate(offset, inside) if inside > 0 else None
-        return None
-
-    async def read(self, offset: int, into: memoryview, flags: int) -> None:
-        start, end = offset, offset + len(into)
-        while start < end:
-            epoch = self.image.begin_read()
-            try:
-                piece = await self.map.piece(start, end)
-                await self.read_piece(start, piece, into[start - offset : piece.stop - offset])
-            finally:
-                self.image.end_read(epoch)
-            start = piece.stop
-
-    async def read_piece(self, offset: int, piece: Piece, into: memoryview) -> None:
-        """Read bytes of the disk that are all alike."""
-        if piece.kind == DATA:
-            self.file.node.driver.debug_event("read_aio")
-            if self.encryption is None:
-                await self.guest_file.read(piece.host, into, 0)
-            else:
-                await self._read_encrypted(offset, piece.host, into)
-        elif piece.kind == NOWHERE:
-            await self.read_below(offset, into)
-        elif piece.kind == PACKED:
-            await self._read_packed(offset, piece.host, into)
-        else:
-            into[:] = bytes(len(into))
-
-    async def _read_encrypted(self, offset: int, host: int, into: memoryview) -> None:
-        assert self.encryption is not None
-        if self.encryption.cipher is None:
-            raise io_error(errno.ENOKEY, self.node.name, "read without encrypt.key-secret")
-        await self.guest_file.read(host, into, 0)
-        await self.encryption.decrypt(offset, host, into)
-
-    async def read_below(self, offset: int, into: memoryview) -> None:
-        """Read what lies under this image."""
-        backing = self.node.children.get("backing")
-        inside = min(max(backing.size - offset, 0), len(into)) if backing is not None else 0
-        if inside and backing is not None:
-            self.file.node.driver.debug_event("read_backing_aio")
-            await backing.read(offset, into[:inside], 0)
-        if inside < len(into):
-            into[inside:] = bytes(len(into) - inside)
-
-    async def _read_packed(self, offset: int, descriptor: int, into: memoryview) -> None:
-        within = offset & (self.map.cluster - 1)
-        cluster = self._unpacked.get(descriptor)
-        if cluster is None:
-            cluster = await self._unpack(descriptor)
-            while len(self._unpacked) >= UNPACKED_CLUSTERS:
-                del self._unpacked[next(iter(self._unpacked))]
-            self._unpacked[descriptor] = cluster
-        into[:] = memoryview(cluster)[within : within + len(into)]
-
-    async def _unpack(self, descriptor: int) -> bytes:
-        host, length = self.map.compressed_place(descriptor)
-        length = min(length, self.file.size - host)
-        if length <= 0:
-            raise await self.image.corrupted("compressed data lie here, behind the end of the file", host)
-        self.file.node.driver.debug_event("read_compressed")
-        data = await self.image.read_bytes(host, length)
-        try:
-            unpack = compression.decompressor(self.header.compression_type)
-            return await asyncio.get_running_loop().run_in_executor(None, unpack, memoryview(data), self.map.cluster)
-        except compression.CompressionError as problem:
-            raise await self.image.corrupted(f"compressed data can't be decompressed: {problem}", host) from None
-
-    def forget_unpacked(self) -> None:
-        """Compressed clusters were given up; what comes to lie there may have the same descriptor."""
-        self._unpacked.clear()
-
-    async def cache(self, offset: int, length: int) -> None:
-        end = offset + length
-        while offset < end:
-            piece = await self.map.piece(offset, end)
-            if piece.kind == DATA:
-                await self.guest_file.cache(piece.host, piece.stop - offset)
-            elif piece.kind == NOWHERE and "backing" in self.node.children:
-                await self.child("backing").cache(offset, piece.stop - offset)
-            offset = piece.stop
-
-    async def block_status(self, offset: int, length: int) -> Sequence[Extent]:
-        found: list[Extent] = []
-        end = offset + length
-        while offset < end and len(found) < MAX_STATUS_RUNS:
-            piece = await self.map.piece(offset, end)
-            run = piece.stop - offset
-            if piece.kind == DATA:
-                status = Status.DATA | Status.ALLOCATED | Status.RECURSE
-                verbatim = self.guest_file.node if self.encryption is None else None
-                found.append(Extent(run, status, verbatim, piece.host if verbatim is not None else 0))
-            elif piece.kind == PACKED:
-                found.append(Extent(run, Status.DATA | Status.ALLOCATED))
-            else:
-                found.append(Extent(run, Status.ZERO | Status.ALLOCATED if piece.kind == ZEROES else Status.NONE))
-            offset = piece.stop
-        return found
 
     # --- writing -------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import logging
 import time
 from array import array
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -110,14 +110,45 @@ class SnapshotStore:
         known = ", ".join(repr(snapshot.name) for snapshot in self.entries[:20]) or "none"
         raise BlockError(f"{self.image.name}: there is no snapshot of {wanted}; there are: {known}")
 
+    async def pin(self, choose: Callable[[], Snapshot]) -> tuple[Snapshot, "array[int]"]:
+        """Somebody is going to show a snapshot: it can't be deleted until it is unpinned.
+
+        Args:
+            choose: says which one, when nobody is at work on them.
+
+        Returns:
+            the snapshot and its L1 table.
+
+        Raises:
+            BlockError: there is none, or its L1 table is wrong. OSError: that can't be read.
+        """
+        async with self._lock:
+            snapshot = choose()
+            l1 = await self._read_l1(snapshot)
+            self.pinned[snapshot.id] += 1
+            return snapshot, l1
+
+    def unpin(self, snapshot: Snapshot) -> None:
+        """It is not shown any more."""
+        self.pinned[snapshot.id] -= 1
+
+    async def _read_l1(self, snapshot: Snapshot) -> "array[int]":
+        """The L1 table of a snapshot, which reaches to the end of its disk."""
+        needed = self.image.header.l1_entries_for(snapshot.disk_size)
+        if snapshot.l1_size < needed:
+            what = f"the L1 table of snapshot {snapshot.id!r} has {snapshot.l1_size} entries, its disk takes {needed}"
+            raise ImageError(self.image.name, what, snapshot.l1_table_offset)
+        return await read_l1(self.image, snapshot)
+
     # --- changing ------------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def _at_work(self) -> AsyncIterator[None]:
+    async def _at_work(self, deleted: Snapshot | None = None) -> AsyncIterator[None]:
         """A section in which nobody else is at work on the image, and all of it is on disk when it begins.
 
         Raises:
             OSError: it may not be written to.
+            BlockError: the snapshot that is to be deleted is in use.
         """
         node = self.driver.node
         if node.read_only:
@@ -126,6 +157,8 @@ class SnapshotStore:
             raise unsupported(node.name, "snapshots in an image with a data file")
         async with self._lock, drained(node):
             self.image.check_fence()
+            if deleted is not None and self.pinned[deleted.id]:
+                raise BlockError(f"{self.image.name}: snapshot {deleted.name!r} is in use: a node shows it")
             await self.image.commit_all()
             node.touch()
             yield
@@ -188,13 +221,9 @@ class SnapshotStore:
         if snapshot.disk_size != image.header.size and Permission.RESIZE not in node.held_by_parents()[1]:
             what = f"snapshot {snapshot.name!r} has another size, and somebody relies on that of {node.describe()}"
             raise BlockError(f"{image.name}: {what}")
-        needed = image.header.l1_entries_for(snapshot.disk_size)
-        if snapshot.l1_size < needed:
-            what = f"the L1 table of snapshot {snapshot.id!r} has {snapshot.l1_size} entries, its disk takes {needed}"
-            raise ImageError(image.name, what, snapshot.l1_table_offset)
         async with self._at_work(), in_doubt(image):
             old = image.l1[:]
-            new = array("Q", [entry & ~COPIED for entry in await read_l1(image, snapshot)])
+            new = array("Q", [entry & ~COPIED for entry in await self._read_l1(snapshot)])
             await references.add(new)
             try:
                 await references.clear_copied_below(new)
@@ -218,9 +247,7 @@ class SnapshotStore:
     async def delete(self, snapshot: Snapshot) -> None:
         """Forget a snapshot; see `Snapshots.snapshot_delete`."""
         image, references = self.image, self.references
-        if self.pinned[snapshot.id]:
-            raise BlockError(f"{image.name}: snapshot {snapshot.name!r} is in use: a node shows it")
-        async with self._at_work(), in_doubt(image):
+        async with self._at_work(snapshot), in_doubt(image):
             l1 = await read_l1(image, snapshot)
             await self._write_entries([other for other in self.entries if other is not snapshot])
             await references.drop(l1)

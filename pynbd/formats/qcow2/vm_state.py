@@ -118,12 +118,16 @@ class VmState:
         start, end = offset, offset + len(into)
         known = min(end, len(self.image.l1) * self.map.reach)
         while start < known:
-            piece = await self.map.piece(start, known)
-            part = into[start - offset : piece.stop - offset]
-            if piece.kind in (NOWHERE, ZEROES):
-                part[:] = bytes(len(part))
-            else:
-                await self.driver.read_piece(start, piece, part)
+            epoch = self.image.begin_read()
+            try:
+                piece = await self.map.piece(start, known)
+                part = into[start - offset : piece.stop - offset]
+                if piece.kind in (NOWHERE, ZEROES):
+                    part[:] = bytes(len(part))
+                else:
+                    await self.driver.read_piece(start, piece, part)
+            finally:
+                self.image.end_read(epoch)
             start = piece.stop
         if start < end:
             into[start - offset :] = bytes(end - start)

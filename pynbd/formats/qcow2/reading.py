@@ -1,0 +1,161 @@
+"""Reading what an L1 table leads to: the disk of an image, or that of one of its snapshots."""
+
+import asyncio
+import errno
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pynbd.block.child import Child
+from pynbd.block.driver import Driver, Location
+from pynbd.block.errors import io_error
+from pynbd.block.extents import Extent, Status
+from pynbd.block.options import NodeOptions
+from pynbd.formats.qcow2 import compression
+from pynbd.formats.qcow2.header import Header
+from pynbd.formats.qcow2.image import Image
+from pynbd.formats.qcow2.mapping import DATA, NOWHERE, PACKED, ZEROES, ClusterMapping, Piece
+
+if TYPE_CHECKING:
+    from pynbd.formats.qcow2.encryption import Encryption
+
+MAX_STATUS_RUNS = 1024
+"""Extents in one answer of block_status."""
+
+UNPACKED_CLUSTERS = 16
+"""Clusters that were decompressed lately and are kept: readers of 4 KiB come back for the rest of them."""
+
+
+class ClusterReader(Driver):
+    """The part of a driver that reads clusters. What lies nowhere comes from the child `backing`, if there is one."""
+
+    header: Header
+    image: Image
+    map: ClusterMapping
+    storage: Child
+    """Where the image lies."""
+    guest_file: Child
+    """Where the guest's bytes lie: there, or in the data file."""
+
+    def __init__(self, options: NodeOptions) -> None:
+        super().__init__(options)
+        self.encryption: Encryption | None = None
+        self._unpacked: dict[int, bytes] = {}
+
+    def locate(self, offset: int, length: int) -> Location | None:
+        if self.encryption is not None:
+            return None
+        end = offset + length
+        if end > self.size:
+            end = self.size
+        elif host := self.map.host_of(offset, length):
+            return self.guest_file.locate(host, length)
+        if offset >= end:
+            return None
+        found = self.map.lookup(offset, end)
+        if found is None:
+            return None
+        if found.kind == DATA:
+            return self.guest_file.locate(found.host, found.stop - offset)
+        if found.kind == NOWHERE and (backing := self.node.children.get("backing")) is not None:
+            inside = min(found.stop, backing.size) - offset
+            return backing.locate(offset, inside) if inside > 0 else None
+        return None
+
+    async def read(self, offset: int, into: memoryview, flags: int) -> None:
+        start, end = offset, offset + len(into)
+        while start < end:
+            epoch = self.image.begin_read()
+            try:
+                piece = await self.map.piece(start, end)
+                await self.read_piece(start, piece, into[start - offset : piece.stop - offset])
+            finally:
+                self.image.end_read(epoch)
+            start = piece.stop
+
+    async def read_piece(self, offset: int, piece: Piece, into: memoryview) -> None:
+        """Read bytes of the disk that are all alike."""
+        if piece.kind == DATA:
+            self.storage.node.driver.debug_event("read_aio")
+            if self.encryption is None:
+                await self.guest_file.read(piece.host, into, 0)
+            else:
+                await self._read_encrypted(offset, piece.host, into)
+        elif piece.kind == NOWHERE:
+            await self.read_below(offset, into)
+        elif piece.kind == PACKED:
+            await self._read_packed(offset, piece.host, into)
+        else:
+            into[:] = bytes(len(into))
+
+    async def _read_encrypted(self, offset: int, host: int, into: memoryview) -> None:
+        assert self.encryption is not None
+        if self.encryption.cipher is None:
+            raise io_error(errno.ENOKEY, self.node.name, "read without encrypt.key-secret")
+        await self.guest_file.read(host, into, 0)
+        await self.encryption.decrypt(offset, host, into)
+
+    async def read_below(self, offset: int, into: memoryview) -> None:
+        """Read what lies under this image."""
+        backing = self.node.children.get("backing")
+        inside = min(max(backing.size - offset, 0), len(into)) if backing is not None else 0
+        if inside and backing is not None:
+            self.storage.node.driver.debug_event("read_backing_aio")
+            await backing.read(offset, into[:inside], 0)
+        if inside < len(into):
+            into[inside:] = bytes(len(into) - inside)
+
+    async def _read_packed(self, offset: int, descriptor: int, into: memoryview) -> None:
+        within = offset & (self.map.cluster - 1)
+        cluster = self._unpacked.get(descriptor)
+        if cluster is None:
+            unpacked = self._unpacked
+            cluster = await self._unpack(descriptor)
+            while len(unpacked) >= UNPACKED_CLUSTERS:
+                del unpacked[next(iter(unpacked))]
+            unpacked[descriptor] = cluster
+        into[:] = memoryview(cluster)[within : within + len(into)]
+
+    async def _unpack(self, descriptor: int) -> bytes:
+        host, length = self.map.compressed_place(descriptor)
+        length = min(length, self.storage.size - host)
+        if length <= 0:
+            raise await self.image.corrupted("compressed data lie here, behind the end of the file", host)
+        self.storage.node.driver.debug_event("read_compressed")
+        data = await self.image.read_bytes(host, length)
+        try:
+            unpack = compression.decompressor(self.header.compression_type)
+            return await asyncio.get_running_loop().run_in_executor(None, unpack, memoryview(data), self.map.cluster)
+        except compression.CompressionError as problem:
+            raise await self.image.corrupted(f"compressed data can't be decompressed: {problem}", host) from None
+
+    def forget_unpacked(self) -> None:
+        """Compressed clusters were given up; what comes to lie there may have the same descriptor."""
+        # Another dictionary: who is decompressing now must not put into it what lay there before.
+        self._unpacked = {}
+
+    async def cache(self, offset: int, length: int) -> None:
+        end = offset + length
+        while offset < end:
+            piece = await self.map.piece(offset, end)
+            if piece.kind == DATA:
+                await self.guest_file.cache(piece.host, piece.stop - offset)
+            elif piece.kind == NOWHERE and "backing" in self.node.children:
+                await self.child("backing").cache(offset, piece.stop - offset)
+            offset = piece.stop
+
+    async def block_status(self, offset: int, length: int) -> Sequence[Extent]:
+        found: list[Extent] = []
+        end = offset + length
+        while offset < end and len(found) < MAX_STATUS_RUNS:
+            piece = await self.map.piece(offset, end)
+            run = piece.stop - offset
+            if piece.kind == DATA:
+                status = Status.DATA | Status.ALLOCATED | Status.RECURSE
+                verbatim = self.guest_file.node if self.encryption is None else None
+                found.append(Extent(run, status, verbatim, piece.host if verbatim is not None else 0))
+            elif piece.kind == PACKED:
+                found.append(Extent(run, Status.DATA | Status.ALLOCATED))
+            else:
+                found.append(Extent(run, Status.ZERO | Status.ALLOCATED if piece.kind == ZEROES else Status.NONE))
+            offset = piece.stop
+        return found
