@@ -33,7 +33,6 @@ ELSEWHERE = {
     ("-L", "--list"): "`pynbd list URI` lists the exports of a server",
     ("-c", "--connect"): "serve the disk, then attach it with `nbd-client HOST PORT /dev/nbdX`",
     ("-d", "--disconnect"): "`nbd-client -d /dev/nbdX` detaches a device",
-    ("-l", "--load-snapshot"): "snapshots inside of images are not there yet",
     ("-P", "--partition"): "give the partition's --offset, or driver=raw,offset=…,size=…,file.filename=…",
     ("--tls-hostname",): "it is for clients: `pynbd info --tls-hostname`, and an option of the driver nbd",
     ("-T", "--trace"): "-v and -vv tell more",
@@ -90,6 +89,13 @@ def _add_disk_arguments(group: Group) -> None:
     group.add_argument("-f", "--format", default="", help="format of the image (guessed if not given)")
     group.add_argument("-r", "--read-only", action="store_true", help="clients can't write")
     group.add_argument("-s", "--snapshot", action="store_true", help="writes go to a temporary overlay")
+    group.add_argument(
+        "-l",
+        "--load-snapshot",
+        default="",
+        metavar="SNAPSHOT",
+        help="serve an internal snapshot, read-only: ID, NAME or snapshot.id=ID,snapshot.name=NAME",
+    )
     group.add_argument("-o", "--offset", default="", metavar="BYTES", help="where in the image the disk begins")
     group.add_argument("--image-opts", action="store_true", help="DISK is always dotted options or json:{…}")
     cache = group.add_mutually_exclusive_group()

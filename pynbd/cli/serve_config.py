@@ -20,6 +20,7 @@ OF_A_DISK = {
     "format": "-f",
     "read_only": "-r",
     "snapshot": "-s",
+    "load_snapshot": "-l",
     "offset": "-o",
     "image_opts": "--image-opts",
     "nocache": "-n",
@@ -33,7 +34,13 @@ OF_A_DISK = {
 }
 """Arguments that say something of each DISK."""
 
-FLAGS = {"filters": "--filter", "bitmaps": "-B", "description": "-D", "name": "the export's name"}
+FLAGS = {
+    "filters": "--filter",
+    "load-snapshot": "-l",
+    "bitmaps": "-B",
+    "description": "-D",
+    "name": "the export's name",
+}
 """The flags that give an export's options, where the message alone does not say which one is meant."""
 
 
@@ -156,6 +163,7 @@ def export_options(disk: str, arguments: argparse.Namespace) -> ExportOptions:
         description=arguments.description,
         read_only=arguments.read_only,
         snapshot=arguments.snapshot,
+        load_snapshot=arguments.load_snapshot,
         filters=tuple(arguments.filter),
         bitmaps=tuple(arguments.bitmap),
         allocation_depth=arguments.allocation_depth,

@@ -144,6 +144,8 @@ def check_export(name: str, wanted: ExportOptions, config: Config, place: Place)
         check_text(wanted.description)
     with told_at(place("disk")):
         check_disk(wanted, known)
+    with told_at(place("load-snapshot")):
+        snapshot_tree(wanted.load_snapshot)
     for number, entry in enumerate(wanted.filters):
         with told_at(place(f"filters.{number}")):
             check_filter(entry, known)
@@ -207,6 +209,20 @@ def check_filter(entry: str | Mapping[str, Any], known: Collection[str]) -> None
     if "file" in tree:
         raise OptionError("file: a filter lies on the export's disk, and can't have another one")
     Graph().check({**tree, "file": {"driver": "null"}}, known=known)
+
+
+def snapshot_tree(text: str) -> dict[str, Any]:
+    """The options of the node that shows an internal snapshot, from what `-l` takes; that of the image is missing.
+
+    Raises:
+        OptionError: it can't be understood.
+    """
+    if not text.startswith("snapshot."):
+        return {"driver": "qcow2-snapshot", "snapshot": text}
+    told = options.parse_dotted(text).get("snapshot", {})
+    if not isinstance(told, dict) or told.keys() - {"id", "name"}:
+        raise OptionError(f"{text!r}: expected snapshot.id=ID, snapshot.name=NAME or both")
+    return {"driver": "qcow2-snapshot"} | {f"snapshot-{key}": value for key, value in told.items()}
 
 
 def filter_tree(entry: str | Mapping[str, Any]) -> dict[str, Any]:

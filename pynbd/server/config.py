@@ -96,6 +96,8 @@ class ExportOptions(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
         description: for people.
         read_only: clients can't write.
         snapshot: writes go to a temporary overlay, and are lost at the end.
+        load_snapshot: an internal snapshot of the disk is shown instead of it: its id, its name, or
+            `snapshot.id=ID,snapshot.name=NAME`.
         filters: on top of the disk, the first one nearest to it; names, or tables with `driver`.
         bitmaps: dirty bitmaps that are made if need be, and can be asked for as `qemu:dirty-bitmap:NAME`.
         allocation_depth: `qemu:allocation-depth` can be asked for.
@@ -111,6 +113,7 @@ class ExportOptions(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     description: str = ""
     read_only: options.OnOff = False
     snapshot: options.OnOff = False
+    load_snapshot: str = ""
     filters: tuple[str | dict[str, Any], ...] = ()
     bitmaps: tuple[str, ...] = ()
     allocation_depth: options.OnOff = False

@@ -18,7 +18,7 @@ from pynbd.block.node import Node
 from pynbd.block.objects import Objects
 from pynbd.block.permissions import Permission
 from pynbd.block.registry import is_python_file
-from pynbd.server.check import check, filter_tree
+from pynbd.server.check import check, filter_tree, snapshot_tree
 from pynbd.server.config import Config, ExportOptions, ListenOptions, parse_address
 from pynbd.server.export import Export
 from pynbd.server.server import NbdServer
@@ -103,7 +103,7 @@ class Service:
 
     async def _open_image(self, wanted: ExportOptions) -> Node:
         if isinstance(wanted.disk, str) and wanted.disk in self.graph.nodes:
-            return self.graph.nodes[wanted.disk]
+            return await self._snapshot_of(self.graph.nodes[wanted.disk], wanted)
         tree = self.graph.describe(wanted.disk, format=wanted.format)
         if wanted.offset:
             if tree.get("driver", "raw") != "raw":
@@ -111,13 +111,20 @@ class Service:
             tree = {**tree, "driver": "raw", "offset": wanted.offset}
         if is_python_file(str(tree.get("driver", ""))) and wanted.discard == "ignore":
             tree = {"discard": "unmap", **tree}  # its author decides: there is nothing below it to protect
-        return await self.graph.open(
+        image = await self.graph.open(
             tree,
-            read_only=wanted.read_only or wanted.snapshot,
+            read_only=wanted.read_only or wanted.snapshot or bool(wanted.load_snapshot),
             discard=wanted.discard,
             detect_zeroes="off" if wanted.snapshot else wanted.detect_zeroes,
             cache=CACHE_OPTIONS[wanted.cache],
         )
+        return await self._snapshot_of(image, wanted)
+
+    async def _snapshot_of(self, image: Node, wanted: ExportOptions) -> Node:
+        """The internal snapshot that is wanted of an image, or the image itself."""
+        if not wanted.load_snapshot:
+            return image
+        return await self.graph.open({**snapshot_tree(wanted.load_snapshot), "file": image})
 
     async def _temporary_overlay(self, below: Node, wanted: ExportOptions) -> Node:
         """An overlay whose file is gone from its folder as soon as it is open: nothing is left behind, ever."""

@@ -15,7 +15,9 @@ DRIVERS = (ROOT / "docs" / "drivers.md").read_text()
 OPTIONS = (ROOT / "docs" / "options.md").read_text()
 
 SECTIONS = {
-    title: text for title, text in re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", DRIVERS, re.M | re.S) if title in BUILT_IN
+    title: text
+    for title, text in re.findall(r"^## ([\w-]+)\n(.*?)(?=^## |\Z)", DRIVERS, re.M | re.S)
+    if title in BUILT_IN
 }
 
 

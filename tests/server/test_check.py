@@ -194,4 +194,4 @@ def test_the_example_of_the_manual_is_right() -> None:
     _, _, text = (ROOT / "docs" / "serve.md").read_text().partition("```toml\n")
     config = from_tree(tomllib.loads(text.partition("```")[0]))
     check(config)
-    assert set(config.exports) == {"disk0", "slow", ""}
+    assert set(config.exports) == {"disk0", "yesterday", "vm", "slow", ""}

@@ -109,6 +109,7 @@ cache = "writethrough"
 discard = "unmap"
 detect-zeroes = "on"
 min-block = 512
+load-snapshot = "one"
 resize = true
 
 [export.""]
@@ -150,6 +151,7 @@ def test_every_key() -> None:
                 discard="unmap",
                 detect_zeroes="on",
                 min_block=512,
+                load_snapshot="one",
                 resize=True,
             ),
             "": ExportOptions(disk={"driver": "null"}),

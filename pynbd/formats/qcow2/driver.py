@@ -8,12 +8,13 @@ repaired when it is opened for writing; one that is corrupt is refused then. Who
 (`Graph.open(…, for_check=True)`): then neither happens.
 """
 
+import errno
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pynbd.block.backend import BlockBackend
 from pynbd.block.driver import ChildSpec, CreationOptions, ImageInfo, Preallocation
-from pynbd.block.errors import BlockError, OptionError, PermissionConflict
+from pynbd.block.errors import BlockError, OptionError, PermissionConflict, io_error
 from pynbd.block.families import CheckResult, Measurement, Progress, Repair, SnapshotInfo, no_progress
 from pynbd.block.image_names import named_from
 from pynbd.block.limits import Limits
