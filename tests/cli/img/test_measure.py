@@ -33,4 +33,4 @@ def test_raw(output: tuple[str, ...], words: tuple[str, ...], disk: Path, odd: P
 def test_luks(folder: Path) -> None:
     """A format whose images are larger than the disk."""
     key = ("--object", "secret,id=s,data=abc")
-    same("measure", *key, "-O", "luks", "-o", "key-secret=s", "--size", "1M")
+    same("measure", *key, "-O", "luks", "-o", "key-secret=s,iter-time=10", "--size", "1M")

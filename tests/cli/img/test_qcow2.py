@@ -83,7 +83,7 @@ def test_compare(options: tuple[str, ...], other: str, disk: Path) -> None:
         ("-W", "-m", "3"),
         ("-c",),
         ("-c", "-W", "-o", "compression_type=zstd"),
-        ("-c", "-o", "cluster_size=512"),
+        ("-c", "-o", "cluster_size=4k"),
         ("-o", "cluster_size=2M"),
         ("-o", "extended_l2=on"),
         ("-o", "compat=0.10,preallocation=metadata"),
