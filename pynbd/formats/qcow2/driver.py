@@ -12,6 +12,8 @@ import errno
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import msgspec
+
 from pynbd.block.backend import BlockBackend
 from pynbd.block.driver import ChildSpec, CreationOptions, ImageInfo, Preallocation
 from pynbd.block.errors import BlockError, OptionError, PermissionConflict, io_error
@@ -21,7 +23,7 @@ from pynbd.block.limits import Limits
 from pynbd.block.options import NodeOptions, OnOff, Size
 from pynbd.block.permissions import ChildRole, Permission
 from pynbd.block.requests import RequestFlag
-from pynbd.formats.qcow2 import check, creation, layout, resizing
+from pynbd.formats.qcow2 import amending, check, creation, layout, resizing
 from pynbd.formats.qcow2.creation import Qcow2CreationOptions
 from pynbd.formats.qcow2.encrypt_options import EncryptOptions
 from pynbd.formats.qcow2.image import Image, read_header
@@ -69,6 +71,7 @@ class Qcow2(ClusterReader):
     is_format = True
     Options = Qcow2Options
     CreateOptions = Qcow2CreationOptions
+    AmendOptions: ClassVar[type[msgspec.Struct]] = amending.Qcow2AmendOptions
     children: ClassVar[Mapping[str, ChildSpec]] = {
         "file": ChildSpec(ChildRole.DATA | ChildRole.METADATA),
         "backing": ChildSpec(ChildRole.COW, optional=True, writable=False),
@@ -267,6 +270,10 @@ class Qcow2(ClusterReader):
     async def change_backing_file(self, filename: str, format: str) -> None:
         """Write another backing file's name into the image; see `Backed`."""
         await resizing.change_backing_file(self, filename, format)
+
+    async def amend(self, changes: Mapping[str, Any], progress: Progress = no_progress) -> None:
+        """Change options of the image; see `Amendable`."""
+        await amending.amend(self, changes, progress)
 
     @classmethod
     async def create_image(

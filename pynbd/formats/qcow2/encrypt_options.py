@@ -41,3 +41,23 @@ class EncryptCreationOptions(msgspec.Struct, frozen=True, kw_only=True, rename="
     ivgen_hash_alg: str = ""
     hash_alg: str = "sha256"
     iter_time: IterTime = 2000
+
+
+class EncryptAmendOptions(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
+    """A change of key slots, of images encrypted by LUKS.
+
+    Args:
+        format: `luks`; it need not be given.
+        state: what becomes of the slots: `active` puts a passphrase into one, `inactive` erases.
+        keyslot: which slot; a free one is found if it is not given.
+        new_secret: the secret with the new passphrase (active).
+        old_secret: erase all slots that this passphrase opens (inactive).
+        iter_time: milliseconds that each try of the new passphrase takes.
+    """
+
+    state: Literal["active", "inactive"]
+    format: Literal["luks"] = "luks"
+    keyslot: int | None = None
+    new_secret: str | None = None
+    old_secret: str | None = None
+    iter_time: IterTime | None = None

@@ -7,13 +7,16 @@ encrypted image is refused). LUKS counts sectors from the beginning of the file,
 import asyncio
 from typing import Any
 
+import msgspec
+
+from pynbd.block import options as opt
 from pynbd.block.alignment import pieces
 from pynbd.block.errors import OptionError
 from pynbd.block.objects import Objects
 from pynbd.crypto.ciphers import PIECE_BYTES, SECTOR_BYTES, SectorCipher, legacy_aes_cipher
-from pynbd.crypto.luks import Luks, LuksOptions
+from pynbd.crypto.luks import Luks, LuksAmendOptions, LuksOptions
 from pynbd.crypto.secrets import Secret
-from pynbd.formats.qcow2.encrypt_options import EncryptCreationOptions, EncryptOptions
+from pynbd.formats.qcow2.encrypt_options import EncryptAmendOptions, EncryptCreationOptions, EncryptOptions
 from pynbd.formats.qcow2.image import Image, Storage
 from pynbd.formats.qcow2.layout import CryptMethod
 
@@ -125,3 +128,15 @@ def passphrase_of(options: EncryptCreationOptions, objects: Objects) -> bytes:
     if not options.key_secret:
         raise OptionError("encrypt.key-secret: a new encrypted image needs one: --object secret,id=ID,file=PATH")
     return objects.find(options.key_secret, Secret).passphrase()
+
+
+async def amend_keys(
+    encryption: Encryption, changes: EncryptAmendOptions, options: EncryptOptions, objects: Objects
+) -> None:
+    """Fill or erase key slots; see `Luks.amend`."""
+    assert encryption.luks is not None
+    given = {name: value for name, value in msgspec.to_builtins(changes).items() if value is not None}
+    given.pop("format")
+    wanted = opt.convert(given, LuksAmendOptions, path="encrypt.", driver="qcow2")
+    passphrase = objects.find(options.key_secret, Secret).passphrase() if options.key_secret is not None else None
+    await encryption.luks.amend(wanted, objects, passphrase)

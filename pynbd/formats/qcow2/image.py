@@ -169,6 +169,13 @@ class Image:
         if header.crypto is not None:
             self.note_metadata(header.crypto.offset, header.crypto.length)
 
+    def recount(self, entries: "array[int]", clusters: int) -> None:
+        """The counts lie elsewhere, perhaps with another width: these are the entries of their table."""
+        self.blocks = TableCache(self.blocks.most, self._read_block)
+        table = array("Q", bytes(clusters * self.cluster_size))
+        table[: len(entries)] = entries
+        self.refcounts = Refcounts(self.header, table, self.blocks, self.name, self._may_use)
+
     def note_metadata(self, offset: int, length: int) -> None:
         """These bytes of the file belong to the image's own structures."""
         self.metadata.update(range(offset >> self.cluster_bits, -(-(offset + length) // self.cluster_size)))

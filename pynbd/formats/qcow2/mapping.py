@@ -58,6 +58,11 @@ class ClusterMapping:
         """Bytes of the disk that one L2 table tells of."""
         self.reach_bits = self.reach.bit_length() - 1
         self.index_mask = header.l2_entries - 1
+        self.header_changed()
+
+    def header_changed(self) -> None:
+        """Take from the header what may become another while the image is open: its version."""
+        header = self.image.header
         self.zero_flag = ZERO if header.version >= 3 and not self.extended else 0
         self.not_plain = COMPRESSED | self.zero_flag | OFFSET_MASK & (self.cluster - 1)
         # In another file the first cluster may be the guest's as well: there a place is known by the flag.

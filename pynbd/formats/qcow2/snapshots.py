@@ -273,6 +273,11 @@ class SnapshotStore:
         await image.barrier()
         await self.references.drop(gone)
 
+    async def rewrite(self) -> None:
+        """Write the table anew, with all that entries have in version 3."""
+        if self.entries:
+            await self._write_entries(self.entries)
+
     async def _write_entries(self, entries: Sequence[Snapshot]) -> None:
         """Write the snapshot table to a new place, and let the header point there.
 

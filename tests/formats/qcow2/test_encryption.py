@@ -139,3 +139,20 @@ async def test_snapshots_and_the_state_of_a_machine(graph: Graph, tmp_path: Path
     await work.close()
     assert is_sound(path, kind)
     assert read_by_qemu(path, kind) == before
+
+
+async def test_key_slots_are_filled_and_erased(graph: Graph, tmp_path: Path) -> None:
+    path = tmp_path / "image.qcow2"
+    await create(graph, path, options_of("luks"))
+    work = await Workload.opened(graph, description(path), bytes(SIZE), seed=4)
+    await work.round(4, compressed=False)
+    await work.driver.amend({"encrypt": {"state": "active", "new-secret": "s1", "iter-time": "10"}})
+    await work.close()
+    again = await Workload.opened(graph, description(path, "s1"), work.model, seed=4)
+    await again.check()
+    await again.driver.amend({"encrypt": {"state": "inactive", "old-secret": "s0"}})
+    await again.close()
+    with pytest.raises(BlockError):
+        await graph.open(description(path))
+    image = image_options(path, "luks").replace("key-secret=s0", "key-secret=s1")
+    qemu("qemu-io", *qemu_secrets(), "-c", "read 0 64k", "--image-opts", image)

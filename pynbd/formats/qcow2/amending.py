@@ -1,0 +1,259 @@
+"""Options of an existing image, changed (`pynbd img amend`).
+
+Each change is complete before the next one begins, and ends with one write of the header's first sector.
+"""
+
+from array import array
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from pynbd.block import options as opt
+from pynbd.block.driver import Preallocation
+from pynbd.block.errors import OptionError
+from pynbd.block.families import Progress
+from pynbd.block.options import OnOff, Size
+from pynbd.formats.qcow2 import layout, resizing
+from pynbd.formats.qcow2.creation import COMPATS, counting_clusters
+from pynbd.formats.qcow2.encrypt_options import EncryptAmendOptions
+from pynbd.formats.qcow2.layout import OFFSET_MASK, Autoclear, Compatible, CryptMethod, Incompatible
+from pynbd.formats.qcow2.refcounts import TYPECODES, Refcounts, Run, pack
+from pynbd.formats.qcow2.tables import to_disk
+from pynbd.formats.qcow2.writing import ZERO_PIECE_BYTES
+
+if TYPE_CHECKING:
+    from pynbd.formats.qcow2.driver import Qcow2
+
+
+class Qcow2AmendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What can be changed. What is not given stays.
+
+    Args:
+        compat: version of the format.
+        size: length of the disk in bytes.
+        backing_file: what shows through where the image holds nothing.
+        backing_fmt: its format.
+        data_file: the name of the file with the guest's bytes, for images that have one.
+        data_file_raw: can only be switched off.
+        lazy_refcounts: write reference counts late.
+        refcount_bits: of a reference count.
+        encrypt: fill or erase a key slot.
+    """
+
+    compat: Literal["0.10", "v2", "1.1", "v3"] | None = None
+    size: Size | None = None
+    backing_file: str | None = None
+    backing_fmt: str | None = None
+    data_file: str | None = None
+    data_file_raw: OnOff | None = None
+    lazy_refcounts: OnOff | None = None
+    refcount_bits: int | None = None
+    encrypt: EncryptAmendOptions | None = None
+
+
+async def amend(driver: "Qcow2", changes: Mapping[str, Any], progress: Progress) -> None:
+    """Change some options; see `Amendable.amend`. The node is drained meanwhile."""
+    wanted = opt.convert(changes, Qcow2AmendOptions, driver=driver.name)
+    image, header = driver.image, driver.header
+    image.check_fence()
+    version = COMPATS[wanted.compat] if wanted.compat is not None else header.version
+    _check(driver, wanted, version)
+    if version > header.version:
+        await _upgrade(driver)
+    if wanted.encrypt is not None:
+        await _amend_keys(driver, wanted.encrypt)
+    if wanted.data_file is not None or wanted.data_file_raw is not None:
+        await _change_data_file(driver, wanted)
+    if wanted.lazy_refcounts is not None:
+        await _set_lazy(driver, on=wanted.lazy_refcounts)
+    if wanted.refcount_bits is not None and wanted.refcount_bits != header.refcount_bits:
+        await change_refcount_bits(driver, wanted.refcount_bits, progress)
+    if wanted.backing_file is not None or wanted.backing_fmt is not None:
+        name, kind = driver.backing_name()
+        name = name if wanted.backing_file is None else wanted.backing_file
+        await resizing.change_backing_file(driver, name, kind if wanted.backing_fmt is None else wanted.backing_fmt)
+    if wanted.size is not None and wanted.size != driver.size:
+        await driver.node.truncate(wanted.size, Preallocation.OFF)
+    if version < header.version:
+        await _downgrade(driver, progress)
+    progress(1, 1)
+
+
+def _check(driver: "Qcow2", wanted: Qcow2AmendOptions, version: int) -> None:
+    """Whether all changes can be made, before any of them is.
+
+    Raises:
+        OptionError: one can't.
+    """
+    header = driver.header
+    bits = header.refcount_bits if wanted.refcount_bits is None else wanted.refcount_bits
+    lazy = header.lazy_refcounts if wanted.lazy_refcounts is None else wanted.lazy_refcounts
+    if not 1 <= bits <= 64 or bits & (bits - 1):
+        raise OptionError(f"refcount_bits: {bits} is no power of two from 1 to 64")
+    if version < 3 and bits != 16:
+        raise OptionError(f"compat=0.10 needs refcount_bits=16 (it is {bits})")
+    if version < 3 and lazy:
+        raise OptionError("compat=0.10 knows no lazy_refcounts: switch it off")
+    kept = header.incompatible & ~Incompatible.DIRTY
+    if version < 3 and kept:
+        names = ", ".join(str(feature.name).lower().replace("_", " ") for feature in Incompatible if feature in kept)
+        raise OptionError(f"compat=0.10 does not know what this image uses: {names}")
+    if version < 3 <= header.version and (header.nb_snapshots or header.crypt_method == CryptMethod.LUKS):
+        what = "snapshots" if header.nb_snapshots else "LUKS"
+        raise OptionError(f"an image with {what} can't become one of compat 0.10")
+    if (wanted.data_file is not None or wanted.data_file_raw is not None) and not header.has_data_file:
+        raise OptionError("data_file: the image keeps its data in itself, which can't be changed")
+    if wanted.data_file_raw and not header.data_file_raw:
+        raise OptionError("data_file_raw: it can only be switched off")
+    if wanted.encrypt is not None and header.crypt_method != CryptMethod.LUKS:
+        raise OptionError("encrypt: only images that are encrypted by LUKS have key slots")
+    if wanted.backing_fmt and not (wanted.backing_file or header.backing_file):
+        raise OptionError("backing_fmt needs backing_file")
+
+
+async def _upgrade(driver: "Qcow2") -> None:
+    header = driver.header
+    header.version, header.header_length = 3, layout.HEADER_BYTES
+    if header.cluster_size >= 8 * len(layout.FEATURE_NAMES) * layout.FEATURE_NAME_BYTES:
+        header.feature_names = dict(layout.FEATURE_NAMES)
+    await driver.snapshots.rewrite()  # version 3 demands more of each entry
+    await driver.image.write_header()
+    driver.map.header_changed()
+
+
+async def _downgrade(driver: "Qcow2", progress: Progress) -> None:
+    header, image = driver.header, driver.image
+    await image.set_dirty(on=False)
+    await _expand_zeroes(driver, progress)
+    await image.commit_all()
+    header.version, header.header_length, header.additional = 2, layout.V2_HEADER_BYTES, b""
+    header.compatible, header.autoclear, header.feature_names = Compatible(0), Autoclear(0), {}
+    header.bitmaps = None
+    await image.write_header()
+    driver.map.header_changed()
+
+
+async def _expand_zeroes(driver: "Qcow2", progress: Progress) -> None:
+    """Give up zero clusters, or fill them with zeroes where something would show through."""
+    image, cluster, reach = driver.image, driver.map.cluster, driver.map.reach
+    zeroes = memoryview(bytes(min(cluster, ZERO_PIECE_BYTES)))
+    for l1_index, l1_entry in enumerate(list(image.l1)):
+        progress(l1_index, len(image.l1))
+        if not l1_entry & OFFSET_MASK:
+            continue
+        table = await image.l2_table(l1_index)
+        for index, entry in enumerate(list(table.words)):
+            if entry & layout.COMPRESSED or not entry & layout.ZERO:
+                continue
+            offset = l1_index * reach + index * cluster
+            await driver.writer.forget(offset, offset + cluster)
+            end = min(offset + cluster, driver.size)
+            if "backing" in driver.node.children:
+                for start in range(offset, end, len(zeroes)):
+                    await driver.writer.write(start, zeroes[: end - start])
+
+
+async def _set_lazy(driver: "Qcow2", *, on: bool) -> None:
+    header, image = driver.header, driver.image
+    if header.version < 3 and on:
+        raise OptionError("lazy_refcounts needs compat=1.1")
+    if not on:
+        image.lazy = False
+        await image.commit_all()
+        await image.barrier()
+        header.incompatible &= ~Incompatible.DIRTY
+    header.compatible = header.compatible & ~Compatible.LAZY_REFCOUNTS
+    if on:
+        header.compatible |= Compatible.LAZY_REFCOUNTS
+    await image.write_features()
+
+
+async def _change_data_file(driver: "Qcow2", wanted: Qcow2AmendOptions) -> None:
+    header = driver.header
+    if wanted.data_file is not None:
+        header.data_file = wanted.data_file or None
+    if wanted.data_file_raw is False:
+        header.autoclear &= ~Autoclear.DATA_FILE_RAW
+    await driver.image.write_header()
+
+
+async def _amend_keys(driver: "Qcow2", changes: EncryptAmendOptions) -> None:
+    from pynbd.formats.qcow2.encryption import amend_keys
+
+    assert driver.encryption is not None
+    await amend_keys(driver.encryption, changes, driver.options.encrypt, driver.node.objects)
+
+
+async def change_refcount_bits(driver: "Qcow2", bits: int, progress: Progress) -> None:
+    """Count with another width: all counts are written anew, elsewhere, and then the header points there.
+
+    Raises:
+        OptionError: a count does not fit.
+    """
+    image, header = driver.image, driver.header
+    if header.version < 3:
+        raise OptionError("refcount_bits needs compat=1.1")
+    await image.commit_all()
+    old = image.refcounts
+    order = bits.bit_length() - 1
+    used = await _clusters_in_use(old, (1 << bits) - 1)
+    width, header.refcount_order = header.refcount_order, order
+    # Those that count are counted as well, and taking them may take more blocks of the old width.
+    table, blocks = counting_clusters(header, used + 64)
+    header.refcount_order = width
+    offset = await image.allocate_metadata((table + blocks) * image.cluster_size)
+    await image.commit_all()
+    await image.write_counts_now()
+    entries = await _write_counts(driver, old, order, offset + table * image.cluster_size, blocks, progress)
+    data = to_disk(entries).ljust(table * image.cluster_size, b"\0")
+    await image.write_metadata(offset, data)
+    await image.barrier()
+    gone = [Run(header.refcount_table_offset >> image.cluster_bits, header.refcount_table_clusters)]
+    gone += [Run(block >> image.cluster_bits, 1) for block in old.table if block]
+    await image.change_fields(
+        48, 100, refcount_order=order, refcount_table_offset=offset, refcount_table_clusters=table
+    )
+    image.recount(entries, table)
+    image.freed += gone
+    await image.commit_all()
+
+
+async def _clusters_in_use(counts: Refcounts, most: int) -> int:
+    """One past the last cluster that is in use.
+
+    Raises:
+        OptionError: a count is more than `most`.
+    """
+    end = 0
+    for index, entry in enumerate(counts.table):
+        block = await counts.block(index) if entry else None
+        if block is None:
+            continue
+        largest = max(block.words)
+        if largest > most:
+            raise OptionError(f"refcount_bits: a cluster has {largest} references, at most {most} would fit")
+        if largest:
+            last = max(at for at, count in enumerate(block.words) if count)
+            end = index * counts.per_block + last + 1
+    return end
+
+
+async def _write_counts(
+    driver: "Qcow2", old: Refcounts, order: int, offset: int, blocks: int, progress: Progress
+) -> "array[int]":
+    """Write all counts with another width; gives the new table's entries."""
+    image = driver.image
+    per_block = image.cluster_size * 8 >> order
+    entries = array("Q")
+    for number in range(blocks):
+        progress(number, blocks)
+        counts = array(TYPECODES[order], [0]) * per_block
+        for index, first, last in old.by_block(number * per_block, per_block):
+            block = await old.block(index)
+            if block is not None:
+                at = index * old.per_block + first - number * per_block
+                counts[at : at + last - first] = array(TYPECODES[order], block.words[first:last])
+        await image.write_metadata(offset + number * image.cluster_size, pack(counts, order))
+        entries.append(offset + number * image.cluster_size)
+    return entries

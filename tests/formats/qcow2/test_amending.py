@@ -1,0 +1,120 @@
+"""Options of images are changed; QEMU finds them sound, as it would have made them, and with the same content."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pynbd.block.errors import OptionError
+from pynbd.block.graph import Graph
+from tests.formats.qcow2.test_creation import told
+from tests.formats.qcow2.test_qcow2 import in_file
+from tests.formats.qcow2.workload import Workload, is_sound, made, read_by_qemu
+from tests.peers import require_tool, run
+
+SIZE = 1 << 20
+
+
+@pytest.fixture
+async def graph() -> AsyncIterator[Graph]:
+    graph = Graph()
+    yield graph
+    await graph.close_all()
+
+
+async def amended(graph: Graph, path: Path, model: bytes, changes: dict[str, Any]) -> bytes:
+    """Change options of an image between random work on it; gives its content."""
+    work = await Workload.opened(graph, in_file(path), model, seed=9)
+    for _ in range(30):
+        await work.round(4)
+    await work.driver.amend(changes)
+    await work.check()
+    for _ in range(30):
+        await work.round(4)
+    await work.check()
+    await work.close()
+    return bytes(work.model)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("compat=0.10", "compat=1.1"),
+        ("compat=1.1", "compat=0.10"),
+        ("lazy_refcounts=off", "lazy_refcounts=on"),
+        ("lazy_refcounts=on", "lazy_refcounts=off"),
+        ("refcount_bits=16,cluster_size=4k", "refcount_bits=64"),
+        ("refcount_bits=64,cluster_size=512", "refcount_bits=8"),
+        ("refcount_bits=8", "refcount_bits=32"),
+        ("lazy_refcounts=on,refcount_bits=16", "lazy_refcounts=off,compat=v2"),
+        ("compat=v2", "compat=v3,lazy_refcounts=on,refcount_bits=32"),
+    ],
+)
+@pytest.mark.parametrize("backed", [False, True])
+async def test_changed_and_sound(graph: Graph, tmp_path: Path, before: str, after: str, backed: bool) -> None:
+    base = tmp_path / "base.raw"
+    base.write_bytes(random.Random(2).randbytes(SIZE // 2))
+    path = made(tmp_path, before, SIZE, base if backed else None)
+    below = (base.read_bytes() if backed else b"").ljust(SIZE, b"\0")
+    changes = dict(word.split("=") for word in after.split(","))
+    content = await amended(graph, path, below, changes)
+    assert is_sound(path)
+    assert read_by_qemu(path) == content
+    twin = made(tmp_path, before, SIZE, base if backed else None)
+    run(require_tool("qemu-img"), "amend", "-o", after, twin)
+    ours, theirs = told(path), told(twin)
+    assert ours == theirs
+
+
+async def test_size_and_backing_file(graph: Graph, tmp_path: Path) -> None:
+    path = made(tmp_path)
+    work = await Workload.opened(graph, in_file(path), bytes(SIZE), seed=1)
+    await work.driver.amend({"size": "2M", "backing_file": "other.raw", "backing_fmt": "raw"})
+    assert work.node.size == 2 << 20
+    await work.close()
+    said = told(path)
+    assert (said["virtual-size"], said["backing-filename"], said["backing-filename-format"]) == (
+        2 << 20,
+        "other.raw",
+        "raw",
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "changes", "said"),
+    [
+        ("", {"cluster_size": "4k"}, "cluster_size"),
+        ("", {"refcount_bits": "3"}, "power of two"),
+        ("extended_l2=on", {"compat": "0.10"}, "extended l2"),
+        ("refcount_bits=8", {"compat": "0.10"}, "refcount_bits=16"),
+        ("", {"data_file": "x"}, "keeps its data in itself"),
+        ("", {"encrypt": {"state": "active"}}, "key slots"),
+        ("", {"backing_fmt": "raw"}, "needs backing_file"),
+    ],
+)
+async def test_what_cannot_be_changed(
+    graph: Graph, tmp_path: Path, before: str, changes: dict[str, Any], said: str
+) -> None:
+    path = made(tmp_path, before)
+    old = path.read_bytes()
+    work = await Workload.opened(graph, in_file(path), bytes(SIZE), seed=1)
+    with pytest.raises(OptionError, match=said):
+        await work.driver.amend(changes)
+    await work.close()
+    assert path.read_bytes() == old
+
+
+async def test_counts_that_do_not_fit_stay_as_they_are(graph: Graph, tmp_path: Path) -> None:
+    path = made(tmp_path)
+    run(require_tool("qemu-io"), "-c", "write 0 64k", path)
+    run(require_tool("qemu-img"), "snapshot", "-c", "one", path)
+    work = await Workload.opened(graph, in_file(path), b"", seed=1)
+    with pytest.raises(OptionError, match="2 references, at most 1"):
+        await work.driver.amend({"refcount_bits": "1"})
+    await work.driver.amend({"refcount_bits": "2"})
+    await work.close()
+    assert is_sound(path)
