@@ -21,6 +21,7 @@ KINDS = {
     "authz-list": "pynbd.server.authz:AuthzList",
     "authz-simple": "pynbd.server.authz:AuthzSimple",
     "secret": "pynbd.crypto.secrets:Secret",
+    "tls-creds-psk": "pynbd.crypto.tls_psk:TlsCredsPsk",
     "tls-creds-x509": "pynbd.crypto.tls_credentials:TlsCredsX509",
 }
 """Where each kind of object (QEMU's `qom-type`) is to be found."""

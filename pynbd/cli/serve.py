@@ -177,13 +177,14 @@ def _add_tls_arguments(group: Group) -> None:
         "--tls",
         choices=("off", "allowed", "required"),
         metavar="MODE",
-        help="required (default, where one of the next two is given), allowed (clients may do without), off",
+        help="required (default, where one of the next three is given), allowed (clients may do without), off",
     )
     creds = group.add_mutually_exclusive_group()
-    creds.add_argument("--tls-creds", metavar="ID", help="the --object tls-creds-x509 that says who we are")
+    creds.add_argument("--tls-creds", metavar="ID", help="the --object tls-creds-x509 or tls-creds-psk to use")
     creds.add_argument(
         "--tls-certificates", metavar="DIR", help="the folder of ca-cert.pem, server-cert.pem and server-key.pem"
     )
+    creds.add_argument("--tls-psk", metavar="FILE", help="a file with a line USER:KEY for each client")
     group.add_argument(
         "--tls-verify-peer",
         action="store_true",

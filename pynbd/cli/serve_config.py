@@ -89,9 +89,9 @@ def configuration(arguments: argparse.Namespace, at_end: contextlib.ExitStack) -
 def with_tls(server: ListenOptions, arguments: argparse.Namespace) -> ListenOptions:
     """What the arguments say of TLS goes before what the file says: who we are is said as a whole by one of them."""
     given: dict[str, Any] = {}
-    if arguments.tls_creds or arguments.tls_certificates:
-        given = {"tls_creds": "", "tls_certificates": "", "tls_verify_peer": False, "tls_authz": ""}
-    for name in ("tls", "tls_creds", "tls_certificates", "tls_verify_peer", "tls_authz"):
+    if arguments.tls_creds or arguments.tls_certificates or arguments.tls_psk:
+        given = {"tls_creds": "", "tls_certificates": "", "tls_psk": "", "tls_verify_peer": False, "tls_authz": ""}
+    for name in ("tls", "tls_creds", "tls_certificates", "tls_psk", "tls_verify_peer", "tls_authz"):
         if value := getattr(arguments, name):
             given[name] = value
     return msgspec.structs.replace(server, **given)

@@ -40,7 +40,7 @@ class TlsSocket:
         context: who we are, and whom we believe.
         server_side: which end we are.
         hostname: the name that the server's certificate must bear, None if any will do.
-        identify: gives the name of who is at the other end, after the handshake.
+        identify: gives the name of who is at the other end, at the end of the handshake; or raises TlsFailure.
     """
 
     def __init__(
@@ -107,8 +107,8 @@ class TlsSocket:
                 raise failure("the TLS handshake failed", problem, at_end=self._at_end) from problem
             else:
                 break
-        await self._push_all()
         self.identity = self._identify(self._ssl)
+        await self._push_all()
 
     async def receive(self, limit: int) -> bytes:
         """What is there, waiting until something is; empty at the end.

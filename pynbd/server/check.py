@@ -72,11 +72,11 @@ def check_tls(config: Config) -> None:
         OptionError: what is wrong.
     """
     where = config.server
-    given = [key for key in ("tls-creds", "tls-certificates") if getattr(where, key.replace("-", "_"))]
+    given = [key for key in ("tls-creds", "tls-certificates", "tls-psk") if getattr(where, key.replace("-", "_"))]
     if len(given) > 1:
-        raise OptionError(f"server.{given[1]}: tls-creds says already who we are")
+        raise OptionError(f"server.{given[1]}: {given[0]} says already who we are")
     if where.tls in ("allowed", "required") and not given:
-        raise OptionError(f"server.tls: {where.tls!r} needs tls-creds or tls-certificates")
+        raise OptionError(f"server.tls: {where.tls!r} needs tls-creds, tls-certificates or tls-psk")
     if where.tls_verify_peer and not where.tls_certificates:
         raise OptionError("server.tls-verify-peer: it goes with tls-certificates; tls-creds has an option of that name")
     if where.tls_authz and (not given or where.tls == "off"):

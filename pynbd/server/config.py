@@ -70,8 +70,9 @@ class ListenOptions(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
         payload_memory: for payloads of all clients together, in bytes.
         tls: whether clients may or must use TLS; required, if it is said who we are to them.
         tls_creds: the object that says who we are; or else
-        tls_certificates: a folder with ca-cert.pem, server-cert.pem and server-key.pem.
-        tls_verify_peer: with those, whether clients must have a certificate of that authority.
+        tls_certificates: a folder with ca-cert.pem, server-cert.pem and server-key.pem; or else
+        tls_psk: a file with a line `USER:KEY` for each client.
+        tls_verify_peer: with certificates, whether clients must have a certificate of that authority.
         tls_authz: the object that says which of those clients may come in; all, if there is none.
     """
 
@@ -83,6 +84,7 @@ class ListenOptions(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     tls: Literal["off", "allowed", "required"] | None = None
     tls_creds: str = ""
     tls_certificates: str = ""
+    tls_psk: str = ""
     tls_verify_peer: options.OnOff = False
     tls_authz: str = ""
 

@@ -221,7 +221,7 @@ def wanted_tls(where: ListenOptions, objects: Objects) -> "ServerTls | None":
     Raises:
         OptionError, OSError: there is something wrong with certificates or keys.
     """
-    if where.tls == "off" or not (where.tls_creds or where.tls_certificates):
+    if where.tls == "off" or not (where.tls_creds or where.tls_certificates or where.tls_psk):
         return None
     from pynbd.server.tls import server_tls
 

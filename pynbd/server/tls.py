@@ -63,6 +63,11 @@ def server_tls(where: ListenOptions, objects: Objects) -> ServerTls:
 def _credentials(where: ListenOptions, objects: Objects) -> TlsCredentials:
     if where.tls_creds:
         return objects.find(where.tls_creds, TlsCredentials)
+    if where.tls_psk:
+        from pynbd.crypto.tls_psk import TlsCredsPsk, TlsCredsPskOptions
+
+        keys = TlsCredsPskOptions(qom_type="tls-creds-psk", id="tls-psk", endpoint="server", file=where.tls_psk)
+        return TlsCredsPsk(keys, objects)
     described = TlsCredsX509Options(
         qom_type="tls-creds-x509",
         id="tls-certificates",

@@ -112,7 +112,7 @@ def until_logged(peer: Peer, text: str) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--tls", "required"], "--tls: 'required' needs tls-creds or tls-certificates"),
+        (["--tls", "required"], "--tls: 'required' needs tls-creds, tls-certificates or tls-psk"),
         (["--tls-creds", "x"], "--tls-creds: there is no object 'x' of a kind tls-creds-…"),
         (["--tls-verify-peer"], "--tls-verify-peer: it goes with tls-certificates"),
         (["--tls-certificates", "/nonexistent"], "/nonexistent/server-cert.pem: No such file or directory"),

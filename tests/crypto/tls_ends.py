@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pynbd.block.objects import Objects
-from pynbd.crypto.tls_credentials import TlsCredsX509, TlsCredsX509Options
+from pynbd.crypto.tls_credentials import TlsCredentials, TlsCredsX509, TlsCredsX509Options
 from pynbd.crypto.tls_socket import TlsSocket
 
 LIMIT_S = 30.0
@@ -43,7 +43,7 @@ def socket_pair(buffer_bytes: int = 0) -> Iterator[tuple[socket.socket, socket.s
 
 @contextlib.asynccontextmanager
 async def secured(
-    server: TlsCredsX509, client: TlsCredsX509, *, hostname: str | None = "localhost", buffer_bytes: int = 0
+    server: TlsCredentials, client: TlsCredentials, *, hostname: str | None = "localhost", buffer_bytes: int = 0
 ) -> AsyncIterator[tuple[TlsSocket, TlsSocket]]:
     """A server's and a client's end after their handshake."""
     with socket_pair(buffer_bytes) as (ours, theirs):

@@ -87,7 +87,7 @@ def test_what_is_right_passes() -> None:
         ('[[object]]\nqom-type = "secret"', "object of kind 'secret': id: write a letter"),
         (2 * '[[object]]\nqom-type = "secret"\nid = "s"\n', "there are two objects of that id"),
         ('[server]\ntls = "on"', "server.tls: 'on' is not one of 'allowed', 'off', 'required'"),
-        ('[server]\ntls = "required"', "server.tls: 'required' needs tls-creds or tls-certificates"),
+        ('[server]\ntls = "required"', "server.tls: 'required' needs tls-creds, tls-certificates or tls-psk"),
         ("[server]\ntls-verify-peer = true", "server.tls-verify-peer: it goes with tls-certificates"),
         (
             '[server]\ntls-creds = "t"',
@@ -97,7 +97,10 @@ def test_what_is_right_passes() -> None:
             '[server]\ntls-creds = "s"\n' + OBJECTS,
             "server.tls-creds: there is no object 's' of a kind tls-creds-… (there are: t)",
         ),
-        ('[server]\ntls-creds = "t"\ntls-certificates = "d"\n' + OBJECTS, "tls-certificates: tls-creds says already"),
+        (
+            '[server]\ntls-creds = "t"\ntls-certificates = "d"\n' + OBJECTS,
+            "server.tls-certificates: tls-creds says already",
+        ),
         ('[server]\ntls-authz = "a"\n' + OBJECTS, "server.tls-authz: there is no TLS that would tell who a client is"),
         (
             '[server]\ntls-creds = "t"\ntls-authz = "t"\n' + OBJECTS,

@@ -82,6 +82,7 @@ payload-memory = "16M"
 tls = "allowed"
 tls-creds = "tls0"
 tls-certificates = "pki"
+tls-psk = "keys.psk"
 tls-verify-peer = "on"
 tls-authz = "authz0"
 
@@ -131,6 +132,7 @@ def test_every_key() -> None:
             tls="allowed",
             tls_creds="tls0",
             tls_certificates="pki",
+            tls_psk="keys.psk",
             tls_verify_peer=True,
             tls_authz="authz0",
         ),

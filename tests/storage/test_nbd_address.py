@@ -35,6 +35,10 @@ def unix(path: str, export: str = "") -> dict[str, Any]:
         ("nbd:unix:/run/s:t:exportname=x", unix("/run/s:t", "x")),
         ("nbds://localhost", {**inet("localhost", 10809), "tls": True}),
         (
+            "nbds://alice@h/?tls-psk-file=k&tls-type=psk",
+            {**inet("h", 10809), "tls": True, "tls-psk-file": "k", "tls-username": "alice"},
+        ),
+        (
             "nbds+unix:///x?socket=s&tls-certificates=/a/b&tls-hostname=h&tls-verify-peer=0&tls-type=x509",
             {
                 **unix("s", "x"),
@@ -56,8 +60,9 @@ def test_names(name: str, options: dict[str, Any]) -> None:
     [
         ("nbd://localhost?tls-certificates=/etc", "tls-certificates belongs to nbds://"),
         ("nbd+unix:///?socket=s&tls-verify-peer=0", "tls-verify-peer belongs to nbds://"),
-        ("nbds://localhost?tls-type=psk", "there is TLS with certificates only"),
-        ("nbds://alice@localhost", "there is TLS with certificates only"),
+        ("nbds://localhost?tls-type=psk", "tls-type=psk and tls-psk-file go together"),
+        ("nbds://localhost?tls-type=x509&tls-psk-file=k", "tls-type=psk and tls-psk-file go together"),
+        ("nbds://localhost?tls-type=anon", "there is TLS only with certificates"),
         ("nbd+unix:///x", "needs the parameter socket=PATH"),
         ("nbd://localhost:0", "port 0"),
         ("nbd://localhost?sokcet=x", "did you mean socket"),
@@ -107,6 +112,9 @@ def test_a_uri_says_it_again(name: str) -> None:
         ("nbd://h", {"tls_hostname": "x"}, "'tls-hostname' and 'tls-verify-peer' need TLS"),
         ("nbds://h?tls-certificates=a", {"tls_creds": "tls0"}, "'tls-creds' says already what"),
         ("nbds://h?tls-verify-peer=0", {"tls_creds": "tls0"}, "'tls-creds' says already what"),
+        ("nbds://h?tls-psk-file=k", {"tls_creds": "tls0"}, "'tls-creds' says already what"),
+        ("nbds://h?tls-psk-file=k&tls-certificates=a", {}, "with 'tls-psk-file' there are no certificates"),
+        ("nbds://alice@h", {}, "'tls-username' needs 'tls-psk-file'"),
     ],
 )
 def test_what_contradicts(name: str, more: dict[str, str], said: str) -> None:

@@ -72,6 +72,8 @@ class NbdPlace(NodeOptions, frozen=True, kw_only=True):
             the server's certificate is verified with, it is the authorities that the system believes.
         tls_creds: the object that says whom we believe and who we are; or else
         tls_certificates: a folder with ca-cert.pem, and client-cert.pem and client-key.pem if we have some.
+        tls_psk_file: a file with a line `USER:KEY`, instead of certificates.
+        tls_username: whose key of that file we use.
         tls_verify_peer: whether the server's certificate is verified at all; with tls-creds, that says it.
         tls_hostname: the name that the server's certificate must bear, if it is not the host's.
     """
@@ -84,20 +86,26 @@ class NbdPlace(NodeOptions, frozen=True, kw_only=True):
     tls: opt.OnOff = False
     tls_creds: str | None = None
     tls_certificates: str = ""
+    tls_psk_file: str = ""
+    tls_username: str = ""
     tls_verify_peer: opt.OnOff = True
     tls_hostname: str | None = None
 
     def __post_init__(self) -> None:
         self.address()
-        if self.tls_creds is not None and (self.tls_certificates or not self.tls_verify_peer):
+        if self.tls_creds is not None and (self.tls_certificates or self.tls_psk_file or not self.tls_verify_peer):
             raise ValueError("'tls-creds' says already what 'tls-certificates' and 'tls-verify-peer' would say")
+        if self.tls_psk_file and (self.tls_certificates or self.tls_hostname or not self.tls_verify_peer):
+            raise ValueError("with 'tls-psk-file' there are no certificates, and nothing to say of them")
+        if self.tls_username and not self.tls_psk_file:
+            raise ValueError("'tls-username' needs 'tls-psk-file'")
         if not self.uses_tls and (self.tls_hostname is not None or not self.tls_verify_peer):
             raise ValueError("'tls-hostname' and 'tls-verify-peer' need TLS: give 'tls-creds' or 'tls'")
 
     @property
     def uses_tls(self) -> bool:
         """Whether TLS is asked for."""
-        return self.tls or self.tls_creds is not None or bool(self.tls_certificates)
+        return self.tls or self.tls_creds is not None or bool(self.tls_certificates or self.tls_psk_file)
 
     def address(self) -> ServerAddress:
         """Where the server is."""
@@ -122,6 +130,8 @@ class NbdPlace(NodeOptions, frozen=True, kw_only=True):
         return msgspec.structs.replace(
             uri,
             tls_certificates=self.tls_certificates or None,
+            tls_psk_file=self.tls_psk_file or None,
+            tls_username=self.tls_username or None,
             tls_hostname=self.tls_hostname,
             tls_verify_peer=None if self.tls_verify_peer else False,
         )
@@ -152,12 +162,16 @@ def parse_name(name: str) -> dict[str, Any]:
 def _tls_options(uri: NbdUri, name: str) -> dict[str, Any]:
     given = {
         "tls-certificates": uri.tls_certificates,
+        "tls-psk-file": uri.tls_psk_file,
+        "tls-username": uri.tls_username,
         "tls-hostname": uri.tls_hostname,
         "tls-verify-peer": uri.tls_verify_peer,
     }
     said = {key: value for key, value in given.items() if value is not None}
-    if uri.tls_type not in (None, "x509") or uri.tls_psk_file is not None or uri.tls_username is not None:
-        raise OptionError(f"{name}: there is TLS with certificates only (tls-type=x509)")
+    if uri.tls_type == "anon":
+        raise OptionError(f"{name}: tls-type=anon: there is TLS only with certificates (x509) and with keys (psk)")
+    if uri.tls_type is not None and (uri.tls_type == "psk") != (uri.tls_psk_file is not None):
+        raise OptionError(f"{name}: tls-type=psk and tls-psk-file go together, and no certificates with them")
     if not uri.is_tls_required:
         if said or uri.tls_type:
             raise OptionError(f"{name}: {next(iter(said), 'tls-type')} belongs to nbds:// and nbds+unix://")

@@ -76,8 +76,10 @@ class NbdOptions(NbdPlace, frozen=True, kw_only=True):
         open_timeout: seconds for which opening goes on trying to connect; 0: one attempt.
         tls: nothing may be said without TLS; the options below ask for it as well. If none says what the server's
             certificate is verified with, it is the authorities that the system believes.
-        tls_creds: the id of an object `tls-creds-x509` that says whom we believe and who we are; or else
+        tls_creds: the id of an object `tls-creds-x509` or `tls-creds-psk`: whom we believe, and who we are; or else
         tls_certificates: a folder with ca-cert.pem, and client-cert.pem and client-key.pem if we have some.
+        tls_psk_file: instead of certificates, a file with a line `USER:KEY`.
+        tls_username: whose key of that file we use; by default, that of who runs this.
         tls_verify_peer: whether the server's certificate is verified at all; with `tls-creds`, that says it.
         tls_hostname: the name that the server's certificate must bear, if it is not the host's.
         connections: to make, where the server allows more than one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import socket
 
 import msgspec
@@ -49,6 +50,12 @@ def client_tls(place: NbdPlace, objects: Objects) -> ClientTls | None:
         credentials = objects.find(place.tls_creds, TlsCredentials)
         if credentials.endpoint != "client":
             raise OptionError(f"{credentials.kind} {credentials.id!r} is of a server: a client needs endpoint=client")
+    elif place.tls_psk_file:
+        from pynbd.crypto.tls_psk import TlsCredsPsk, TlsCredsPskOptions
+
+        user = place.tls_username or getpass.getuser()
+        keys = TlsCredsPskOptions(qom_type="tls-creds-psk", id="nbds", file=place.tls_psk_file, username=user)
+        credentials = TlsCredsPsk(keys, objects)
     else:
         described = TlsCredsX509Options(
             qom_type="tls-creds-x509",
