@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 
+from tests.benchmarks.disks import EMPTY_IMAGE_BYTES
 from tests.benchmarks.loads import CachedBesideUncached, Fio, Load, Memory, NbdCopy, QemuImgBench, Start
 from tests.benchmarks.servers import Disk
 
@@ -63,6 +64,16 @@ CELLS: Sequence[Cell] = (
         if name not in ("write-4k-fua", "write-4k-flush32")
     ),
     Cell("python-read-4k-d32", Fio("randread", 4 * KIB, 32), Disk.PYTHON, _against(4)),
+    Cell("qcow2-read-4k-d32", Fio("randread", 4 * KIB, 32), Disk.IMAGE, {"qemu-nbd": 3}),
+    Cell("qcow2-write-4k-d32", Fio("randwrite", 4 * KIB, 32), Disk.IMAGE, {"qemu-nbd": 2}),
+    Cell("qcow2-read-1m-d8", Fio("randread", MIB, 8), Disk.IMAGE, {"qemu-nbd": 1.5}),
+    Cell(
+        "qcow2-allocate-4k-d32",
+        Fio("randwrite", 4 * KIB, 32, area_bytes=EMPTY_IMAGE_BYTES),
+        Disk.EMPTY_IMAGE,
+        {"qemu-nbd": 1},
+    ),
+    Cell("qcow2-chain4-read-4k-d32", Fio("randread", 4 * KIB, 32), Disk.CHAIN, {"qemu-nbd": 3}),
     Cell("rss-1t-idle", Memory(under_load=False), Disk.SPARSE, bound=40),
     Cell("rss-1t-load", Memory(under_load=True), Disk.SPARSE, bound=120),
     Cell("start", Start(), bound=250),

@@ -9,7 +9,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.peers import run
+from tests.peers import require_tool, run
 
 CHUNK_BYTES = 1 << 20
 
@@ -18,6 +18,11 @@ RESIDENT_ENOUGH = 0.999
 
 SPARSE_BYTES = 1 << 40
 """The size of the disk of nothing, whose serving must not cost memory."""
+
+EMPTY_IMAGE_BYTES = 4 << 30
+"""So large that clusters are taken in every measurement to its end."""
+
+CHAIN_LAYERS = 3
 
 PYTHON_DISKS = Path(__file__).parent / "python_disks"
 """A user's driver in Python, once for pynbd and once for nbdkit."""
@@ -39,6 +44,41 @@ class Disks:
     def sparse(self) -> Path:
         """One TiB of nothing."""
         return self.folder / "sparse.raw"
+
+    @property
+    def image(self) -> Path:
+        """The same random data in a qcow2 image."""
+        return self.folder / "random.qcow2"
+
+    @property
+    def chain(self) -> list[Path]:
+        """That image and three more on top of it, each with an eighth of the disk of its own; the top one is last."""
+        return [self.image, *(self.folder / f"layer{number}.qcow2" for number in range(CHAIN_LAYERS))]
+
+    @property
+    def empty_image(self) -> Path:
+        """A qcow2 image in which nothing is allocated."""
+        return self.folder / "empty.qcow2"
+
+    def make_images(self) -> None:
+        """Write the qcow2 images, if they are not there yet."""
+        if self.chain[-1].exists():
+            return
+        qemu_img, qemu_io = require_tool("qemu-img"), require_tool("qemu-io")
+        run(qemu_img, "convert", "-O", "qcow2", self.random, self.image)
+        below = self.image
+        for number, layer in enumerate(self.chain[1:]):
+            run(qemu_img, "create", "-q", "-f", "qcow2", "-b", below, "-F", "qcow2", layer)
+            places = range(number * CHUNK_BYTES, self.size_bytes, 8 * CHUNK_BYTES)
+            run(qemu_io, "-f", "qcow2", layer, stdin="".join(f"write -q {at} 1M\n" for at in places).encode())
+            below = layer
+        for path in self.chain:
+            settle(path)
+
+    def make_empty_image(self) -> None:
+        """Write the empty image, anew."""
+        self.empty_image.unlink(missing_ok=True)
+        run(require_tool("qemu-img"), "create", "-q", "-f", "qcow2", self.empty_image, str(EMPTY_IMAGE_BYTES))
 
     def make(self) -> None:
         """Write the files. Raises OSError when the file system has no room for twice the data."""

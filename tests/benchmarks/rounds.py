@@ -12,6 +12,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from tests.benchmarks import process
 from tests.benchmarks.cells import Cell
@@ -176,8 +177,14 @@ class Run:
             row.samples.setdefault(name, []).append(sample)
 
 
+IMAGES = (Disk.IMAGE, Disk.EMPTY_IMAGE, Disk.CHAIN)
+"""Disks in qcow2 images; what the machine could do without the format says nothing of them."""
+
+
 def _limit(cell: Cell, run_: Run) -> Sample | None:
     setup, plan = run_.setup, run_.plan
+    if cell.disk in IMAGES:
+        return None
     on_file = cell.disk in (Disk.RANDOM, Disk.FILTERED)
     path, size_bytes = (setup.disks.random, setup.disks.size_bytes) if on_file else (None, MEMORY_BYTES)
     seconds = plan.seconds * LIMIT_PART
@@ -194,25 +201,38 @@ def _one(row: Row, server: Server, run_: Run) -> Sample:
         if not row.samples.get(server.name):
             start_to_first_read(lambda: server.serves[cell.disk](setup))  # what it is made of comes into the page cache
         return start_to_first_read(lambda: server.serves[cell.disk](setup))
-    on_file = cell.disk in (Disk.RANDOM, Disk.FILTERED)
+    files = _files(cell, setup)
     with _served(cell, server, setup, plan) as (peer, size_bytes):
         run_.commands.setdefault(f"{server.name} {cell.disk.name.lower()}", " ".join(peer.command))
         if server.name not in row.replies and not isinstance(cell.load, Memory):
             row.replies[server.name] = _replies(peer, cell.load.client)
-        if on_file:
-            row.resident(server.name, warm(setup.disks.random, _fincore()))
+        for path in files:
+            row.resident(server.name, warm(path, _fincore()))
         sample = cell.load.measure(Place(peer, setup.disks, size_bytes, plan.seconds, "1" if plan.pin else ""))
     if isinstance(cell.load, CachedBesideUncached):
         row.remarks.extend(f"{server.name}: {note}" for note in sample.notes)
-    elif on_file:
-        row.resident(server.name, residency(setup.disks.random, _fincore()))
-    if cell.disk is Disk.RANDOM:
-        settle(setup.disks.random)
+    else:
+        for path in files:
+            row.resident(server.name, residency(path, _fincore()))
+    for path in files:
+        settle(path)
     return sample
+
+
+def _files(cell: Cell, setup: Setup) -> list[Path]:
+    """What is to be in the page cache while a cell is measured."""
+    disks = setup.disks
+    if cell.disk is Disk.CHAIN:
+        return disks.chain
+    return {Disk.RANDOM: [disks.random], Disk.FILTERED: [disks.random], Disk.IMAGE: [disks.image]}.get(cell.disk, [])
 
 
 @contextlib.contextmanager
 def _served(cell: Cell, server: Server, setup: Setup, plan: Plan) -> Iterator[tuple[Peer, int]]:
+    if cell.disk in IMAGES:
+        setup.disks.make_images()
+    if cell.disk is Disk.EMPTY_IMAGE:
+        setup.disks.make_empty_image()
     with server.serves[cell.disk](setup) as peer:
         if plan.pin:
             process.pin(peer.pid, {0})

@@ -33,6 +33,9 @@ class Disk(Enum):
     SPARSE = "a sparse file of 1 TiB"
     MEMORY = "memory"
     PYTHON = "a user's driver in Python"
+    IMAGE = "a qcow2 image, all of it allocated"
+    EMPTY_IMAGE = "a qcow2 image, nothing of it allocated"
+    CHAIN = "a chain of four qcow2 images"
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,8 @@ def _pynbd(*arguments: str | Path, disk: Callable[[Setup], list[str | Path]]) ->
     return serve
 
 
-def _qemu_nbd(disk: Callable[[Setup], Path]) -> Serve:
-    return lambda setup: peers.qemu_nbd(disk(setup), tcp=setup.tcp, clients=QEMU_CLIENTS)
+def _qemu_nbd(disk: Callable[[Setup], Path], format: str = "raw") -> Serve:
+    return lambda setup: peers.qemu_nbd(disk(setup), "-f", format, tcp=setup.tcp, clients=QEMU_CLIENTS)
 
 
 def _nbdkit(plugin: str, argument: Callable[[Setup], str | Path], filters: int = 0) -> Serve:
@@ -111,6 +114,9 @@ PYNBD = Server(
         Disk.SPARSE: _pynbd("-f", "raw", disk=lambda setup: [_sparse(setup)]),
         Disk.MEMORY: _pynbd(disk=lambda _: [f"driver=memory,size={MEMORY_BYTES}"]),
         Disk.PYTHON: _pynbd(disk=lambda _: [PYTHON_DISKS / "for_pynbd.py"]),
+        Disk.IMAGE: _pynbd("-f", "qcow2", disk=lambda setup: [setup.disks.image]),
+        Disk.EMPTY_IMAGE: _pynbd("-f", "qcow2", disk=lambda setup: [setup.disks.empty_image]),
+        Disk.CHAIN: _pynbd("-f", "qcow2", disk=lambda setup: [setup.disks.chain[-1]]),
     },
 )
 
@@ -126,7 +132,17 @@ PEERS = (
             Disk.PYTHON: _nbdkit("python", lambda _: PYTHON_DISKS / "for_nbdkit.py"),
         },
     ),
-    Server("qemu-nbd", "qemu-nbd", {Disk.RANDOM: _qemu_nbd(_random), Disk.SPARSE: _qemu_nbd(_sparse)}),
+    Server(
+        "qemu-nbd",
+        "qemu-nbd",
+        {
+            Disk.RANDOM: _qemu_nbd(_random),
+            Disk.SPARSE: _qemu_nbd(_sparse),
+            Disk.IMAGE: _qemu_nbd(lambda setup: setup.disks.image, "qcow2"),
+            Disk.EMPTY_IMAGE: _qemu_nbd(lambda setup: setup.disks.empty_image, "qcow2"),
+            Disk.CHAIN: _qemu_nbd(lambda setup: setup.disks.chain[-1], "qcow2"),
+        },
+    ),
     Server("nbd-server", "nbd-server", {Disk.RANDOM: _nbd_server(_random), Disk.SPARSE: _nbd_server(_sparse)}),
 )
 

@@ -7,8 +7,8 @@ What is read lies in the image's own clusters, in the backing file that it names
 repaired when it is opened for writing; one that is corrupt is refused then. Who opens one to check or repair it says so
 (`Graph.open(…, for_check=True)`): then neither happens.
 
-Limits: no compressed clusters in encrypted images and in those with a data file; one that is marked as corrupt is opened
-for writing only to be repaired.
+Limits: no compressed clusters in encrypted images and in those with a data file; one that is marked as corrupt is
+opened for writing only to be repaired.
 """
 
 import errno

@@ -105,7 +105,7 @@ class ClusterMapping:
         return Piece(kind, min(end, base + (following << self.bits)))
 
     def host_of(self, offset: int, length: int) -> int:
-        """Where bytes within one cluster lie in the file, if that is known at once; else 0.
+        """Where bytes within one cluster lie in the file, if that is known at once: 0 if not, -1 if nowhere.
 
         What `lookup` would say for most requests, in a third of the time.
         """
@@ -114,8 +114,12 @@ class ClusterMapping:
             return 0
         within = offset & (self.cluster - 1)
         entry = table.words[offset >> self.bits & self.index_mask]
+        if within + length > self.cluster:
+            return 0
+        if not entry:
+            return -1
         # Neither zero nor compressed, aligned, and something.
-        if within + length > self.cluster or entry & self.not_plain or not entry & OFFSET_MASK:
+        if entry & self.not_plain or not entry & OFFSET_MASK:
             return 0
         table.used = True
         return (entry & OFFSET_MASK) + within

@@ -48,7 +48,12 @@ class ClusterReader(Driver):
         if end > self.size:
             end = self.size
         elif host := self.map.host_of(offset, length):
-            return self.guest_file.locate(host, length)
+            if host > 0:
+                return self.guest_file.locate(host, length)
+            below = self.node.children.get("backing")
+            if below is None or end > below.size:
+                return None
+            return below.locate(offset, length)
         if offset >= end:
             return None
         found = self.map.lookup(offset, end)
