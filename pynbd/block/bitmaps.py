@@ -43,6 +43,8 @@ class DirtyBitmap:
         self.enabled = True
         self.persistent = False
         """Whether the image keeps it; see `families.PersistentBitmaps`."""
+        self.inconsistent = False
+        """The image kept it, but was not closed properly: nobody knows what is dirty. It can only be removed."""
         self._shift = granularity.bit_length() - 1
         self.size = 0
         self._bits = bytearray()
@@ -51,6 +53,23 @@ class DirtyBitmap:
     def can_cover(self, size: int) -> bool:
         """Whether a disk of that many bytes is within the limit of its memory."""
         return -(-size // self.granularity) <= MAX_BITMAP_BYTES * 8
+
+    def bytes_for(self, size: int) -> int:
+        """Memory of the bits for a disk of that many bytes."""
+        blocks = -(-size // self.granularity)
+        return -(-blocks // 8)
+
+    def bits(self) -> memoryview:
+        """All bits, the first one the least significant of the first byte; those behind the end are zero."""
+        return memoryview(self._bits).toreadonly()
+
+    def load(self, bits: bytes | bytearray) -> None:
+        """Take over bits as `bits` gives them, of a bitmap of the same size and granularity."""
+        assert len(bits) == len(self._bits)
+        self._bits[:] = bits
+        blocks = -(-self.size // self.granularity)
+        if blocks % 8:
+            self._bits[-1] &= (1 << blocks % 8) - 1
 
     def resize(self, size: int) -> None:
         """Follow the disk to another size; what is added is clean, what is cut off is forgotten."""
@@ -84,8 +103,11 @@ class DirtyBitmap:
         """Note what is dirty in another bitmap of a disk of the same size, enabled or not.
 
         Raises:
-            BlockError: the sizes differ.
+            BlockError: the sizes differ, or one of them is inconsistent.
         """
+        for bitmap in (self, other):
+            if bitmap.inconsistent:
+                raise BlockError(f"bitmap {bitmap.name!r} is inconsistent: it can only be removed")
         if other.size != self.size:
             raise BlockError(
                 f"bitmap {other.name!r} is of {other.size} bytes, {self.name!r} of {self.size}: they can't be merged"

@@ -190,7 +190,7 @@ class BitmapInfo(msgspec.Struct, frozen=True, kw_only=True):
 @runtime_checkable
 class PersistentBitmaps(Protocol):
     """The image keeps dirty bitmaps. They live in `node.bitmaps` while it is open, those with `persistent` set are
-    written back when it is closed or becomes read-only.
+    written back when it is closed. Those that are `inconsistent` can only be removed, or stay as they are.
     """
 
     def stored_bitmaps(self) -> Sequence[BitmapInfo]:

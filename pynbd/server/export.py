@@ -14,8 +14,10 @@ from nbd_protocol.constants import (
 )
 from nbd_protocol.negotiation import MAX_MIN_BLOCK_BYTES, ExportInfo
 from pynbd.block.backend import BlockBackend
+from pynbd.block.bitmaps import DirtyBitmap
 from pynbd.block.errors import OptionError
 from pynbd.block.extents import ChainExtent, Status
+from pynbd.block.node import Node
 
 MAX_STATUS_EXTENTS = 16384
 """Extents of one answer to BLOCK_STATUS; it may stop early, and the client asks for the rest."""
@@ -60,16 +62,20 @@ class Export:
             raise OptionError(f"export name {name[:40]!r}…: longer than {MAX_EXPORT_NAME_BYTES} bytes")
         if min_block & (min_block - 1) or not 1 <= min_block <= MAX_MIN_BLOCK_BYTES:
             raise OptionError(f"min-block: {min_block} is no power of two from 1 to {MAX_MIN_BLOCK_BYTES}")
+        known = bitmaps_of(backend.node)
         for bitmap in bitmaps:
-            if bitmap not in backend.node.bitmaps:
-                known = ", ".join(backend.node.bitmaps) or "none"
-                raise OptionError(f"export {name!r}: there is no bitmap {bitmap!r}; there are: {known}")
+            if bitmap not in known:
+                names = ", ".join(known) or "none"
+                raise OptionError(f"export {name!r}: there is no bitmap {bitmap!r}; there are: {names}")
+            if known[bitmap].inconsistent:
+                what = f"bitmap {bitmap!r} is inconsistent, for its image was not closed properly"
+                raise OptionError(f"export {name!r}: {what}: it can only be removed")
         self.name = name
         self.backend = backend
         self.description = description
         self.read_only = read_only or not backend.writable
         self.allocation_depth = allocation_depth
-        self.bitmaps = tuple(bitmaps)
+        self.bitmaps = {bitmap: known[bitmap] for bitmap in bitmaps}
         self.min_block = min_block
         self.resize = resize
         self.clients = 0
@@ -134,7 +140,7 @@ class Export:
         """
         end = offset + length
         if context.startswith(META_QEMU_DIRTY_BITMAP_PREFIX):
-            bitmap = self.backend.node.bitmaps[context.removeprefix(META_QEMU_DIRTY_BITMAP_PREFIX)]
+            bitmap = self.bitmaps[context.removeprefix(META_QEMU_DIRTY_BITMAP_PREFIX)]
             pairs = ((size, DIRTY if dirty else 0) for size, dirty in bitmap.extents(offset, length))
             most = 1 if one and self.min_block == 1 else MAX_STATUS_EXTENTS
             return aligned(list(joined(pairs, most)), self.min_block, or_, length)
@@ -147,6 +153,15 @@ class Export:
             if one and any(told(extent) != found[0][1] for extent in extents):
                 break
         return aligned(list(joined(found, MAX_STATUS_EXTENTS)), self.min_block, mixed, length)
+
+
+def bitmaps_of(node: Node) -> dict[str, DirtyBitmap]:
+    """The dirty bitmaps of a disk, also those below filters; the nearest, where there are two of a name."""
+    found = dict(node.bitmaps)
+    while node.is_filter:
+        node = node.children["file"].node
+        found = {**node.bitmaps, **found}
+    return found
 
 
 def allocation_flags(extent: ChainExtent) -> int:

@@ -20,7 +20,7 @@ from pynbd.block.permissions import Permission
 from pynbd.block.registry import is_python_file
 from pynbd.server.check import check, filter_tree, snapshot_tree
 from pynbd.server.config import Config, ExportOptions, ListenOptions, parse_address
-from pynbd.server.export import Export
+from pynbd.server.export import Export, bitmaps_of
 from pynbd.server.server import NbdServer
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class Service:
     @staticmethod
     def _make_bitmaps(node: Node, wanted: ExportOptions) -> None:
         for name in wanted.bitmaps:
-            if name not in node.bitmaps:
+            if name not in bitmaps_of(node):
                 node.bitmaps[name] = DirtyBitmap(name, node.size)
         if wanted.bitmaps:
             node.relink()

@@ -90,10 +90,14 @@ def _granularity(arguments: argparse.Namespace) -> int | None:
 async def _act(
     graph: Graph, node: Node, name: str, action: str, granularity: int | None, source: Node, other: str
 ) -> None:
+    from pynbd.block.errors import BlockError
+
     if action == "add":
         await _add(graph, node, name, granularity)
         return
     bitmap = _find(node, name)
+    if bitmap.inconsistent and action != "remove":
+        raise BlockError(f"{node.filename()}: bitmap {name!r} is inconsistent: it can only be removed")
     if action == "remove":
         await graph.remove_bitmap(node, name)
     elif action == "clear":

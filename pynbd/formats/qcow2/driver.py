@@ -20,13 +20,14 @@ import msgspec
 from pynbd.block.backend import BlockBackend
 from pynbd.block.driver import ChildSpec, CreationOptions, ImageInfo, Preallocation
 from pynbd.block.errors import BlockError, OptionError, PermissionConflict, io_error
-from pynbd.block.families import CheckResult, Measurement, Progress, Repair, SnapshotInfo, no_progress
+from pynbd.block.families import BitmapInfo, CheckResult, Measurement, Progress, Repair, SnapshotInfo, no_progress
 from pynbd.block.image_names import named_from
 from pynbd.block.limits import Limits
 from pynbd.block.options import NodeOptions, OnOff, Size
 from pynbd.block.permissions import ChildRole, Permission
 from pynbd.block.requests import RequestFlag
 from pynbd.formats.qcow2 import amending, check, creation, layout, resizing
+from pynbd.formats.qcow2.bitmaps import BitmapStore
 from pynbd.formats.qcow2.creation import Qcow2CreationOptions
 from pynbd.formats.qcow2.encrypt_options import EncryptOptions
 from pynbd.formats.qcow2.image import Image, read_header
@@ -85,6 +86,7 @@ class Qcow2(ClusterReader):
     writer: Writer
     snapshots: SnapshotStore
     vm_state: VmState
+    bitmaps: BitmapStore
 
     @classmethod
     def probe(cls, head: bytes, filename: str) -> int:
@@ -139,9 +141,11 @@ class Qcow2(ClusterReader):
         self.writer = Writer(self)
         self.snapshots = SnapshotStore(self)
         self.vm_state = VmState(self)
+        self.bitmaps = BitmapStore(self)
+        self.size = header.size
         if not self.for_check:
             await self.snapshots.load()
-        self.size = header.size
+            await self.bitmaps.load()
         alignment = 1
         if header.crypt_method != CryptMethod.NONE:
             from pynbd.formats.qcow2.encryption import Encryption
@@ -172,6 +176,7 @@ class Qcow2(ClusterReader):
         image.lazy = header.lazy_refcounts if lazy is None else lazy
         passed = self.options.pass_discard_request
         image.discard_freed = self.node.options.discard in ("unmap", "on") if passed is None else passed
+        await self.bitmaps.begin_writing()
 
     def _cache_sizes(self) -> tuple[int, int]:
         """(L2, refcount) bytes of tables that may be kept."""
@@ -209,7 +214,12 @@ class Qcow2(ClusterReader):
                 await self.snapshots.load()
 
     async def close(self) -> None:
-        if not self.node.read_only and self.image.fence is None:
+        if self.node.read_only or self.image.fence is not None:
+            return
+        try:
+            if not self.for_check:
+                await self.bitmaps.store()
+        finally:
             await self.image.close()
 
     async def flush_to_os(self) -> None:
@@ -261,6 +271,16 @@ class Qcow2(ClusterReader):
         """Read from it; what was not saved is zero."""
         await self.vm_state.load(offset, into)
 
+    # --- bitmaps -------------------------------------------------------------------------------------------
+
+    def stored_bitmaps(self) -> Sequence[BitmapInfo]:
+        """What the image keeps, as it stands on disk."""
+        return self.bitmaps.stored()
+
+    def can_store_bitmap(self, name: str, granularity: int) -> None:
+        """Whether one more can be kept; see `PersistentBitmaps`."""
+        self.bitmaps.can_store(name, granularity)
+
     # --- size and shape ------------------------------------------------------------------------------------
 
     async def truncate(self, size: int, preallocation: Preallocation, *, exact: bool) -> None:
@@ -311,6 +331,11 @@ class Qcow2(ClusterReader):
         specific["compression-type"] = header.compression_type.name.lower()
         if header.version >= 3:
             specific["lazy-refcounts"] = header.lazy_refcounts
+            if self.bitmaps.entries:
+                specific["bitmaps"] = [
+                    {"flags": list(bitmap.flags), "name": bitmap.name, "granularity": bitmap.granularity}
+                    for bitmap in self.stored_bitmaps()
+                ]
             specific["refcount-bits"] = header.refcount_bits
             specific["corrupt"] = Incompatible.CORRUPT in header.incompatible
             specific["extended-l2"] = header.extended_l2
