@@ -106,7 +106,7 @@ async def open_node(
         writing: whether it is opened for writing.
         cache: a cache mode, by its name.
         force_share: open it although somebody else writes to it.
-        more: other options of the node.
+        more: other options of the node, and arguments of `Graph.open`.
 
     Raises:
         OptionError, OSError, BlockError: it can't be opened, or what was written can't be made durable.

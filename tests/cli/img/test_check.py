@@ -76,6 +76,28 @@ def test_reports_are_those_of_qemu(case: str, folder: Path) -> None:
         assert human_text(result) == spoken.out
 
 
+@pytest.mark.parametrize("mark", [0, 1, 2])
+@pytest.mark.parametrize("repair", ["", "leaks", "all"])
+@pytest.mark.parametrize("counts", [{}, {0: 2}, {-1: 2}, {-2: 0}, {-2: 0, 0: 2}])
+def test_images_are_checked_as_by_qemu(counts: dict[int, int], repair: str, mark: int, folder: Path) -> None:
+    """Leaks, corruptions and both, in images that are marked as dirty or corrupt or not."""
+    if -2 in counts and repair == "leaks":
+        pytest.skip("qemu-img gives up where a cluster that is in use counts as free")
+    make_chain()
+    name = damaged("image.qcow2", counts)
+    content = bytearray(Path(name).read_bytes() + bytes(1 << 16))
+    content[79] = mark
+    endings = []
+    for tool in (qemu_img, img):
+        Path(name).write_bytes(content)
+        found = tool("check", *(("-r", repair) if repair else ()), "--output=json", name)
+        facts = json.loads(found.out)
+        if repair:
+            del facts["image-end-offset"]  # qemu-img makes new refcount structures more often
+        endings.append((found.status, facts, tool("check", "-q", name).status))
+    assert endings[1] == endings[0]
+
+
 def _counted(content: bytes, count: int) -> bytes:
     """The same image with a reference count for its last cluster."""
     changed = bytearray(content)
