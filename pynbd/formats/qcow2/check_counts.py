@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Iterator
 
 from pynbd.block.errors import io_error
-from pynbd.formats.qcow2.refcounts import TYPECODES, unpack
+from pynbd.formats.qcow2.refcounts import TYPECODES, pack, unpack
 
 PART_BITS = 13
 PART_CLUSTERS = 1 << PART_BITS
@@ -160,7 +160,7 @@ class Counts:
                 value = most
             if value >= MANY and isinstance(part, bytearray):
                 self._take(7 * PART_CLUSTERS)
-                part = self.parts[number] = array("Q", part)
+                part = self.parts[number] = array("Q", list(part))
             part[at] = value
         return lost
 
@@ -182,6 +182,19 @@ class Counts:
                 part = self._part(number)
                 assert isinstance(part, bytearray)
                 part[start:stop] = piece
+
+
+def block_of(counts: Counts, first: int, count: int, order: int) -> bytes:
+    """The refcount block that tells of some clusters."""
+    small = counts.slice(first, count)
+    if order < 3:
+        return pack(array("B", small), order)
+    if MANY in small:
+        return pack(array(TYPECODES[order], map(counts.get, range(first, first + count))), order)
+    width = 1 << order - 3
+    data = bytearray(count * width)
+    data[width - 1 :: width] = small
+    return bytes(data)
 
 
 def small_counts(data: bytes, order: int) -> tuple[bytes, "array[int]"]:

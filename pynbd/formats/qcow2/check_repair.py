@@ -11,13 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from pynbd.block.errors import io_error
 from pynbd.formats.qcow2 import layout
+from pynbd.formats.qcow2.check_counts import MANY, block_of
 from pynbd.formats.qcow2.check_examination import Examination
 from pynbd.formats.qcow2.check_l2 import Mend
 from pynbd.formats.qcow2.check_scan import Scan
 from pynbd.formats.qcow2.header import build_fixed
 from pynbd.formats.qcow2.image import Image
 from pynbd.formats.qcow2.layout import COPIED
-from pynbd.formats.qcow2.refcounts import TYPECODES, pack, unpack
+from pynbd.formats.qcow2.refcounts import pack, unpack
 from pynbd.formats.qcow2.tables import to_disk
 
 
@@ -63,8 +64,10 @@ async def mend_counts(image: Image, found: Examination, *, up: bool, down: bool)
 
 def _change(found: Examination, block: "array[int]", first: int, *, raising: bool) -> bool:
     references, changed = found.scan.references, False
-    for at in range(min(len(block), found.scan.clusters - first)):
-        wanted = references.get(first + at)
+    expected = references.slice(first, min(len(block), found.scan.clusters - first))
+    for at, wanted in enumerate(expected):
+        if wanted == MANY:
+            wanted = references.get(first + at)
         if block[at] != wanted and (block[at] < wanted) == raising:
             block[at], changed = wanted, True
     return changed
@@ -157,8 +160,8 @@ async def rebuild(image: Image, found: Examination) -> None:
     for index, cluster in sorted(plan.blocks.items()):
         table[index] = cluster << header.cluster_bits
         first = index * found.per_block
-        counts = array(TYPECODES[order], map(scan.references.get, range(first, first + found.per_block)))
-        await image.file.write(table[index], memoryview(pack(counts, order)), 0)
+        data = block_of(scan.references, first, found.per_block, order)
+        await image.file.write(table[index], memoryview(data), 0)
     await image.file.write(plan.table << header.cluster_bits, memoryview(to_disk(table)), 0)
     await image.file.flush()
     header.refcount_table_offset = plan.table << header.cluster_bits

@@ -5,6 +5,7 @@ often, so that the work is bounded by the length of the file.
 """
 
 import errno
+import struct
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -44,6 +45,12 @@ WINDOW_BYTES = 1 << 20
 """Of a table that is longer than that, what is read at a time."""
 
 
+SNAPSHOT_FIELDS = struct.Struct(">QIHH20xI")
+"""Of `layout.SNAPSHOT`, what tells where things lie: there may be 65536 of them."""
+
+LEAST_EXTRA = layout.SNAPSHOT_EXTRA_SIZES.sizeof()
+
+
 class Findings:
     """What is wrong: counts, and a line for each, up to a limit.
 
@@ -70,9 +77,20 @@ class Findings:
         self.result.leaks += 1
         self.say(text)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether no more lines are taken."""
+        return len(self.result.messages) >= MAX_MESSAGES
+
+    def count(self, *, corruptions: int, leaks: int) -> None:
+        """The same without a line for each."""
+        self.result.corruptions += corruptions
+        self.result.leaks += leaks
+        self.unsaid += corruptions + leaks
+
     def say(self, text: str) -> None:
         """Add a line."""
-        if len(self.result.messages) < MAX_MESSAGES:
+        if not self.is_full:
             self.result.messages.append(text)
         else:
             self.unsaid += 1
@@ -128,7 +146,6 @@ class Scan:
         """(offset in the file, right entry) of L1 entries."""
         self.not_tables: set[int] = {0}
         """Clusters that hold something that is no L2 table."""
-        self.incomplete_snapshots = 0
         self.refcount_places: list[tuple[int, int]] = []
         """(first, count) of clusters that were counted for the refcount structures."""
         self.refcount_table: array[int] = array("Q")
@@ -179,9 +196,9 @@ class Scan:
             most = self.references.most
             self.findings.corruption(f"{where}: more references than a count can tell of ({most})", lost)
 
-    def _metadata(self, offset: int, length: int, what: str) -> bool:
+    def _metadata(self, offset: int, length: int, what: str, times: int = 1) -> bool:
         """A structure of the image's own refers to bytes that hold no L2 table."""
-        good = self.count(offset, length, what)
+        good = self.count(offset, length, what, times)
         if good and length > 0:
             self.not_tables.update(range(offset >> self.bits, (offset + length - 1 >> self.bits) + 1))
             if len(self.not_tables) > MAX_METADATA_CLUSTERS:
@@ -208,14 +225,13 @@ class Scan:
         header = self.header
         self._metadata(header.l1_table_offset, header.l1_size * 8, "the L1 table")
         self.l1 = await self._l1_table(L1Place(header.l1_table_offset, header.l1_size), "the L1 table", 1)
-        active = Counter(entry & OFFSET_MASK for entry in self.l1 if entry)
+        active = _pointers(self.l1)
         self.active = {offset: ActiveTable(times) for offset, times in active.items()}
         tables = self.tables = active.copy()
         for place, (name, times) in (await self._snapshot_places()).items():
             words = await self._l1_table(place, name, times)
-            for entry, often in Counter(words).items():
-                if entry:
-                    tables[entry & OFFSET_MASK] += often * times
+            for offset, often in _pointers(words).items():
+                tables[offset] += often * times
         reader = L2Reader(self.image)
         unaligned = 0
         for done, (offset, times) in enumerate(sorted(tables.items())):
@@ -234,12 +250,12 @@ class Scan:
         self.progress(len(tables), len(tables))
 
     async def _l1_table(self, place: L1Place, what: str, times: int) -> "array[int]":
-        self._words(place.size, what)
         if place.offset >= self.file_length:
-            return array("Q", bytes(8 * place.size))
+            return array("Q")
         words = from_disk(await self.image.read_bytes(place.offset, place.size * 8))
-        for index, entry in enumerate(words):
-            if entry & L1_RESERVED:
+        wrong = {entry for entry in set(words) if entry & L1_RESERVED}
+        for index, entry in enumerate(words if wrong else ()):
+            if entry in wrong:
                 what_entry = f"{what}: entry {index} is {entry:#x}: reserved bits are set"
                 self.findings.corruption(what_entry, times)
                 if len(self.l1_mends) < MAX_MENDS:
@@ -290,31 +306,32 @@ class Scan:
             return found
         if header.has_data_file:
             self.findings.corruption(f"{header.nb_snapshots} snapshots, but data are in another file")
-        at = header.snapshots_offset
+        at, window, window_at = header.snapshots_offset, b"", header.snapshots_offset
         for number in range(header.nb_snapshots):
             if at - header.snapshots_offset > layout.MAX_SNAPSHOT_TABLE_BYTES:
                 self.findings.error(f"the snapshot table is longer than {layout.MAX_SNAPSHOT_TABLE_BYTES} bytes")
                 self.uncounted = True
                 break
-            fields = layout.parsed(layout.SNAPSHOT, bytes(await self.image.read_bytes(at, layout.SNAPSHOT_BYTES)))
-            at = round_up(at + layout.SNAPSHOT_BYTES + fields.extra_data_size + fields.id_size + fields.name_size, 8)
+            if at + layout.SNAPSHOT_BYTES > window_at + len(window):
+                window, window_at = bytes(await self.image.read_bytes(at, WINDOW_BYTES >> 4)), at
+            place_at, size, id_size, name_size, extra = SNAPSHOT_FIELDS.unpack_from(window, at - window_at)
+            at = round_up(at + layout.SNAPSHOT_BYTES + extra + id_size + name_size, 8)
             what = f"the L1 table of snapshot {number}"
-            if fields.extra_data_size > layout.MAX_SNAPSHOT_EXTRA_BYTES:
-                problem = f"entry {number} of the snapshot table has {fields.extra_data_size} bytes of extra data"
-                self.findings.corruption(f"{problem}, expected at most {layout.MAX_SNAPSHOT_EXTRA_BYTES}")
-            elif fields.extra_data_size < layout.SNAPSHOT_EXTRA_SIZES.sizeof():
-                problem = f"entry {number} of the snapshot table has {fields.extra_data_size} bytes of extra data"
-                self.findings.corruption(f"{problem}, expected at least {layout.SNAPSHOT_EXTRA_SIZES.sizeof()}")
-                self.incomplete_snapshots += 1
-            place = L1Place(fields.l1_table_offset, fields.l1_size)
+            if not LEAST_EXTRA <= extra <= layout.MAX_SNAPSHOT_EXTRA_BYTES:
+                wanted = f"{LEAST_EXTRA} to {layout.MAX_SNAPSHOT_EXTRA_BYTES}"
+                problem = f"entry {number} of the snapshot table has {extra} bytes of extra data, expected {wanted}"
+                self.findings.corruption(problem)
+            place = L1Place(place_at, size)
             if place.offset & (self.cluster - 1):
                 self.findings.corruption(f"{what} lies at {place.offset}, expected a multiple of {self.cluster}")
             elif place.size > layout.MAX_L1_BYTES // 8:
                 self.findings.corruption(f"{what} has {place.size} entries, at most {layout.MAX_L1_BYTES // 8}")
             else:
-                self._metadata(place.offset, place.size * 8, what)
                 found[place] = (what, found.get(place, (what, 0))[1] + 1)
         self._metadata(header.snapshots_offset, at - header.snapshots_offset, "the snapshot table")
+        for place, (what, times) in found.items():
+            self._words(place.size, what)
+            self._metadata(place.offset, place.size * 8, what, times)
         return found
 
     # --- bitmaps -------------------------------------------------------------------------------------------
@@ -326,11 +343,12 @@ class Scan:
             return
         directory = bytes(await self.image.read_bytes(offset, length))
         places: Counter[L1Place] = Counter()
-        for number, place in self._bitmap_places(directory):
-            if self._metadata(place.offset, place.size * 8, f"the table of bitmap {number}"):
-                places[place] += 1
+        for _, place in self._bitmap_places(directory):
+            places[place] += 1
         for place, times in places.items():
-            await self._bitmap_table(place, times)
+            self._words(place.size, "bitmap tables")
+            if self._metadata(place.offset, place.size * 8, "a bitmap table", times):
+                await self._bitmap_table(place, times)
 
     def _bitmap_places(self, directory: bytes) -> Iterator[tuple[int, L1Place]]:
         """Where the tables of bitmaps lie."""
@@ -363,10 +381,10 @@ class Scan:
             self.uncounted = True
 
     async def _bitmap_table(self, place: L1Place, times: int) -> None:
-        self._words(place.size, "bitmap tables")
         end = place.offset + 8 * place.size
         for start in range(place.offset, end, WINDOW_BYTES):
-            words = from_disk(await self.image.read_bytes(start, min(WINDOW_BYTES, end - start)))
+            data = await self.image.read_bytes(start, min(WINDOW_BYTES, end - start))
+            words = from_disk(data) if data.count(0) != len(data) else array("Q")
             for index, entry in enumerate(words):
                 if entry <= layout.BITMAP_ALL_ONES:
                     continue
@@ -409,3 +427,12 @@ class Scan:
         if entry >> self.bits >= self.clusters:
             return f"behind the end of the file ({self.file_length})"
         return ""
+
+
+def _pointers(words: "array[int]") -> Counter[int]:
+    """How many entries of an L1 table point to each L2 table, by its offset."""
+    found: Counter[int] = Counter()
+    for entry, times in Counter(words).items():
+        if entry:
+            found[entry & OFFSET_MASK] += times
+    return found

@@ -77,12 +77,18 @@ def test_reports_are_those_of_qemu(case: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("mark", [0, 1, 2])
-@pytest.mark.parametrize("repair", ["", "leaks", "all"])
-@pytest.mark.parametrize("counts", [{}, {0: 2}, {-1: 2}, {-2: 0}, {-2: 0, 0: 2}])
+@pytest.mark.parametrize(
+    ("counts", "repair"),
+    [
+        (counts, repair)
+        for counts in ({}, {0: 2}, {-1: 2}, {-2: 0}, {-2: 0, 0: 2})
+        for repair in ("", "leaks", "all")
+        # There qemu-img gives up where a cluster that is in use counts as free.
+        if -2 not in counts or repair != "leaks"
+    ],
+)
 def test_images_are_checked_as_by_qemu(counts: dict[int, int], repair: str, mark: int, folder: Path) -> None:
     """Leaks, corruptions and both, in images that are marked as dirty or corrupt or not."""
-    if -2 in counts and repair == "leaks":
-        pytest.skip("qemu-img gives up where a cluster that is in use counts as free")
     make_chain()
     name = damaged("image.qcow2", counts)
     content = bytearray(Path(name).read_bytes() + bytes(1 << 16))
