@@ -44,7 +44,7 @@ def test_text_that_is_not_understood_is_not_repeated(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (f"{HUNTER},id=a", "the kind is missing or unknown; there are: secret"),
+        (f"{HUNTER},id=a", "the kind is missing or unknown; there are: "),
         ("id=a,data=x", "the kind is missing"),
         (f"secret,data={HUNTER}", "id: write a letter"),
         (f"secret,id=1,data={HUNTER}", "id: write a letter"),
