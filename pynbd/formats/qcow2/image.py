@@ -402,6 +402,11 @@ class Image:
         self.metadata.update(range(run.first, run.first + run.clusters))
         return run.first << self.cluster_bits
 
+    @property
+    def given_up_bytes(self) -> int:
+        """How much waits for the next commit to be given up."""
+        return sum(run.clusters for run in self.freed) << self.cluster_bits
+
     def give_up(self, offset: int, length: int) -> None:
         """Clusters lose a reference, as soon as nothing on disk points to them any more.
 

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 MAY_UNMAP, NO_FALLBACK = int(RequestFlag.MAY_UNMAP), int(RequestFlag.NO_FALLBACK)
 
+GIVEN_UP_BYTES = 1 << 20
+"""So much that the guest has discarded is given back to the file at once."""
+
 ZERO_PIECE_BYTES = 1 << 20
 """Zeroes that are written as data at a time."""
 
@@ -531,6 +534,9 @@ class Writer:
                     await self.guest_file.write_zeroes(first, stop - first, MAY_UNMAP)
                 else:
                     await self.guest_file.discard(first, stop - first)
+        # Who discards much wants the space back now, not at some later flush.
+        if self.image.discard_freed and self.image.given_up_bytes >= GIVEN_UP_BYTES:
+            await self.image.commit()
 
     async def _discard_cluster(self, offset: int) -> None:
         entry, bitmap = await self.map.entry(offset)
