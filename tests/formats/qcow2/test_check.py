@@ -6,13 +6,14 @@ import random
 import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from pynbd.block.errors import BlockError
 from pynbd.block.families import Checkable, Repair
 from pynbd.block.graph import Graph
+from pynbd.formats.qcow2.driver import Qcow2
 from pynbd.formats.qcow2.layout import COPIED, OFFSET_MASK, Incompatible
 from tests.formats.qcow2.damage import (
     Image,
@@ -24,6 +25,7 @@ from tests.formats.qcow2.damage import (
     qemu_io,
     read_header,
 )
+from tests.formats.qcow2.recorder import RECORDER, recorder
 from tests.formats.qcow2.workload import OPTIONS, Workload, is_sound, made, read_by_qemu
 from tests.peers import CommandError, require_tool, run
 
@@ -346,3 +348,45 @@ async def test_many_messages_are_cut_short(tmp_path: Path) -> None:
     assert result.corruptions > 2000
     assert len(result.messages) == 1001
     assert result.messages[-1] == f"… and {result.corruptions - 1000} more"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [kind for kind, (_, mendable) in DAMAGES.items() if mendable and "nothing" not in kind],
+)
+async def test_power_may_go_in_the_middle_of_a_repair(
+    graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """What is left can be repaired as well, and holds what the image held, in the snapshot, too."""
+    path = filled(tmp_path, "", SIZE, bitmaps=False)
+    snapshot = snapshot_by_qemu(path)
+    DAMAGES[kind][0](Image(path))
+    storage = await graph.open({"driver": RECORDER, "seed": len(kind)})
+    recorder(storage).begin(path.read_bytes())
+    node = await graph.open({"driver": "qcow2", "file": storage.name, "backing": None}, for_check=True)
+    assert isinstance(node.driver, Checkable)
+    how, crashes = random.Random(kind), list[bytes]()
+
+    class Watched:
+        """The file, with a look at what a crash would leave before each flush."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(storage_edge, name)
+
+        async def flush(self) -> None:
+            if recorder(storage).operations:
+                crashes.extend(recorder(storage).after_crash(how) for _ in range(3))
+            await storage_edge.flush()
+
+    storage_edge = node.children["file"]
+    monkeypatch.setattr(cast(Qcow2, node.driver).image, "file", Watched())
+    assert not (await node.driver.check(Repair.ALL)).corruptions
+    path.write_bytes(recorder(storage).data)
+    content = read_by_qemu(path)
+    assert crashes
+    for image in how.sample(crashes, min(len(crashes), 6)):
+        path.write_bytes(image)
+        assert (await checked(path, Repair.ALL)).corruptions == 0
+        assert is_sound(path)
+        assert read_by_qemu(path) == content
+        assert snapshot_by_qemu(path) == snapshot
