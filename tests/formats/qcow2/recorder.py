@@ -6,6 +6,7 @@ anything that was written to it since.
 
 import asyncio
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -44,6 +45,8 @@ class Recorder(Driver):
         """The writes since the last flush, oldest first: sector → what it held after it."""
         self.durable = bytearray()
         """What was there at the last flush."""
+        self.on_write: Callable[[], None] | None = None
+        """Called after each write, also those in the middle of a flush of the nodes above."""
 
     @property
     def size(self) -> int:  # type: ignore[override]  # the length of the bytes, not a number of its own
@@ -70,6 +73,8 @@ class Recorder(Driver):
         self.operations.append(
             {sector: bytes(self.data[sector * SECTOR : (sector + 1) * SECTOR]) for sector in range(first, last)}
         )
+        if self.on_write is not None:
+            self.on_write()
 
     async def write(self, offset: int, data: memoryview, flags: int) -> None:
         await self._wait()

@@ -10,7 +10,9 @@ import os
 import random
 import subprocess
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -20,8 +22,8 @@ from tests.formats.qcow2.workload import COMPRESSED, UNMAP, Workload, made
 from tests.peers import require_tool
 
 WORKLOADS = int(os.environ.get("CRASH_WORKLOADS", "3"))
-CRASHES = 6
-"""Of one workload."""
+CRASHES = 16
+"""Of one workload, at most."""
 
 KINDS = [
     "cluster_size=512",
@@ -89,8 +91,20 @@ class Crashing(Workload):
         await self.backend.flush()
         self.begin_versions()
 
+    def state(self, image: bytes) -> State:
+        """What the file may hold after a crash, and with it what the disk may hold."""
+        return State(image, self.flushed, {sector: set(found) for sector, found in self.versions.items()})
+
+
+class State(NamedTuple):
+    """A crash: what is in the file, what was flushed, and what else each sector may hold."""
+
+    image: bytes
+    flushed: bytes
+    versions: dict[int, set[bytes]]
+
     def fits(self, found: bytes) -> None:
-        """Whether a disk may hold this after a crash."""
+        """Whether a disk may hold this after the crash."""
         for sector in range(SIZE // SECTOR):
             piece = found[sector * SECTOR : (sector + 1) * SECTOR]
             if piece != self.flushed[sector * SECTOR : (sector + 1) * SECTOR]:
@@ -116,11 +130,12 @@ def checked(path: Path, *, repair: bool) -> None:
     assert done.returncode in (0, 3), done.stdout + done.stderr
 
 
-async def crash(work: Crashing, path: Path, how: random.Random, *, lazy: bool) -> None:
-    path.write_bytes(recorder(work.node.children["file"].node).after_crash(how))
-    work.fits(await content(path))
+async def judge(state: State, path: Path, *, lazy: bool) -> None:
+    """The image is what it may be after a crash."""
+    path.write_bytes(state.image)
+    state.fits(await content(path))
     checked(path, repair=lazy)
-    work.fits(await content(path))
+    state.fits(await content(path))
 
 
 @pytest.mark.parametrize("backed", [False, True], ids=["alone", "backed"])
@@ -140,10 +155,19 @@ async def test_nothing_that_was_flushed_is_lost(graph: Graph, tmp_path: Path, op
         node = await graph.open({"driver": "qcow2", "file": storage.name, "discard": "unmap", **backing})
         work = Crashing(graph, node, bytearray(below), number)
         work.begin_versions()
-        for _ in range(CRASHES):
-            for _ in range(how.randint(1, 6)):
-                if how.random() < 0.3:
-                    await work.flush()
-                await work.changes()
-            await crash(work, crashed, how, lazy="lazy" in options)
+        states: list[State] = []
+        recorder(storage).on_write = partial(maybe_crash, work, states, how)
+        for _ in range(16):
+            if how.random() < 0.5:
+                await work.flush()
+            await work.changes()
+        recorder(storage).on_write = None
+        for state in how.sample(states, min(len(states), CRASHES)):
+            await judge(state, crashed, lazy="lazy" in options)
         await work.close()
+
+
+def maybe_crash(work: Crashing, states: list[State], how: random.Random) -> None:
+    """After one write of four: keep what a crash at this moment would leave."""
+    if how.random() < 0.25:
+        states.append(work.state(recorder(work.node.children["file"].node).after_crash(how)))
