@@ -131,8 +131,6 @@ async def _source(graph: Graph, arguments: argparse.Namespace, name: str) -> Asy
 
     if arguments.bitmaps:
         raise OptionError(f"{name}: --bitmaps: persistent bitmaps can't be copied yet")
-    if arguments.snapshot is not None:
-        raise OptionError(f"{name}: -l: single snapshots can't be read yet")
     async with open_image(
         graph,
         name,
@@ -142,6 +140,7 @@ async def _source(graph: Graph, arguments: argparse.Namespace, name: str) -> Asy
         cache=arguments.source_cache,
         # What is copied while it changes is neither what was there before nor what is there after it.
         shared=Permission.CONSISTENT_READ | Permission.WRITE_UNCHANGED,
+        snapshot=arguments.snapshot,
     ) as image:
         yield image
 

@@ -171,19 +171,38 @@ async def open_image(
     cache: str = "writeback",
     force_share: bool = False,
     shared: Permission = Permission.ALL & ~Permission.RESIZE,
+    snapshot: str | None = None,
     **more: Any,
 ) -> AsyncIterator[Image]:
     """An image that is closed on leaving; see `describe`, `open_node` and `attached`.
+
+    With `snapshot` it is the internal snapshot of that name or id, as `-l` takes them.
 
     Raises:
         OptionError, OSError, BlockError: it can't be opened, or what was written can't be made durable.
     """
     tree = describe(graph, name, format, image_opts=image_opts)
     async with (
-        open_node(graph, tree, writing=writing or resizing, cache=cache, force_share=force_share, **more) as node,
+        open_node(graph, tree, writing=writing or resizing, cache=cache, force_share=force_share, **more) as whole,
+        _shown(graph, whole, snapshot) as node,
         attached(graph, node, name, writing=writing, resizing=resizing, cache=cache, shared=shared) as image,
     ):
         yield image
+
+
+@contextlib.asynccontextmanager
+async def _shown(graph: Graph, node: Node, snapshot: str | None) -> AsyncIterator[Node]:
+    """A node, or one that shows an internal snapshot of it."""
+    if snapshot is None:
+        yield node
+        return
+    from pynbd.server.check import snapshot_tree
+
+    shown = await graph.open({**snapshot_tree(snapshot), "file": node})
+    try:
+        yield shown
+    finally:
+        await graph.close(shown)
 
 
 # --- names --------------------------------------------------------------------------------------------------------

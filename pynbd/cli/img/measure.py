@@ -40,8 +40,6 @@ async def run(arguments: argparse.Namespace) -> int:
         raise OptionError("either --size or the name of an image is needed")
     if size is not None and (arguments.image_opts or arguments.format or arguments.snapshot):
         raise OptionError("--image-opts, -f and -l tell of an image, and there is none")
-    if arguments.snapshot is not None:
-        raise OptionError("-l: single snapshots can't be read yet")
     async with contextlib.AsyncExitStack() as opened:
         source = None
         if size is None:
@@ -52,6 +50,7 @@ async def run(arguments: argparse.Namespace) -> int:
                     format=arguments.format,
                     image_opts=arguments.image_opts,
                     force_share=arguments.force_share,
+                    snapshot=arguments.snapshot,
                 )
             )
             size, source = image.size, image.backend

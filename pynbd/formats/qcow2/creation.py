@@ -12,7 +12,8 @@ from pynbd.block.backend import BlockBackend
 from pynbd.block.driver import CreationOptions, Preallocation
 from pynbd.block.errors import OptionError
 from pynbd.block.extents import Status
-from pynbd.block.families import Measurement
+from pynbd.block.families import Measurement, PersistentBitmaps
+from pynbd.block.node import Node
 from pynbd.block.options import OnOff, Size
 from pynbd.formats.qcow2 import layout
 from pynbd.formats.qcow2.encrypt_options import EncryptCreationOptions
@@ -367,7 +368,30 @@ async def measure(options: Qcow2CreationOptions, source: BlockBackend | None) ->
     needed = virtual if options.preallocation in (Preallocation.FALLOC, Preallocation.FULL) else 0
     if source is not None and not needed:
         needed = virtual if options.backing_file else await data_bytes(source, cluster)
-    return Measurement(required=metadata + needed, fully_allocated=metadata + virtual)
+    bitmaps = None
+    if source is not None and header.version >= 3:
+        bitmaps = bitmap_bytes(source.node, cluster)
+    return Measurement(required=metadata + needed, fully_allocated=metadata + virtual, bitmaps=bitmaps)
+
+
+def bitmap_bytes(source: Node, cluster: int) -> int | None:
+    """What the persistent bitmaps of a disk would take in a new image: data, tables and the directory.
+
+    None if its format keeps none. A snapshot has those of its image, as for QEMU.
+    """
+    if source.driver.name == "qcow2-snapshot":
+        source = source.children["file"].node
+    if not isinstance(source.driver, PersistentBitmaps):
+        return None
+    total = directory = 0
+    for bitmap in source.bitmaps.values():
+        if not bitmap.persistent or bitmap.inconsistent:
+            continue
+        bits = -(-source.size // bitmap.granularity)
+        clusters = -(-bits // (8 * cluster))
+        total += clusters * cluster + round_up(clusters * 8, cluster)
+        directory += round_up(layout.BITMAP_BYTES + len(bitmap.name.encode()), 8)
+    return total + round_up(directory, cluster)
 
 
 async def data_bytes(source: BlockBackend, cluster: int) -> int:

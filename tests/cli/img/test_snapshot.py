@@ -56,3 +56,17 @@ def test_qcow2(folder: Path) -> None:
     same("snapshot", "-d", "missing", "top.qcow2")
     same("snapshot", "-a", "missing", "top.qcow2")
     qemu("check", "-q", "top.qcow2")
+
+
+def test_one_is_converted_and_measured(folder: Path) -> None:
+    """The same bytes as from qemu-img, whichever way the snapshot is named."""
+    make_chain()
+    ok("snapshot", "-c", "first", "top.qcow2")
+    qemu_io("top.qcow2", "write -P 7 0 2M")
+    ok("snapshot", "-c", "second", "top.qcow2")
+    for snapshot in ("first", "snapshot.id=1", "snapshot.name=second"):
+        same("measure", "-O", "qcow2", "-l", snapshot, "top.qcow2")
+        ok("convert", "-O", "raw", "-l", snapshot, "top.qcow2", "ours.raw")
+        qemu("convert", "-O", "raw", "-l", snapshot, "top.qcow2", "theirs.raw")
+        assert Path("ours.raw").read_bytes() == Path("theirs.raw").read_bytes()
+    same("convert", "-O", "raw", "-l", "missing", "top.qcow2", "copy.raw")

@@ -136,16 +136,20 @@ async def test_measured_as_by_qemu(options: str, size: int) -> None:
     assert (found.required, found.fully_allocated) == (said["required"], said["fully-allocated"])
 
 
-async def test_a_disk_is_measured_as_by_qemu(graph: Graph, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bitmaps", [0, 1, 2])
+async def test_a_disk_is_measured_as_by_qemu(graph: Graph, tmp_path: Path, bitmaps: int) -> None:
     path = made(tmp_path, "", 10 << 20)
     run(require_tool("qemu-io"), "-c", "write 100k 200k", "-c", "write 5M 3M", path)
+    for name, granularity in (("one", "64k"), ("another", "512"))[:bitmaps]:
+        run(require_tool("qemu-img"), "bitmap", "--add", "-g", granularity, path, name)
     said = json.loads(run(require_tool("qemu-img"), "measure", "--output=json", "-O", "qcow2", path))
     node = await graph.open({**in_file(path), "read-only": True})
     backend = BlockBackend("measure")
     graph.attach(backend, node)
     found = await Qcow2.measure(parsed("", 0), backend)
     graph.detach(backend)
-    assert (found.required, found.fully_allocated) == (said["required"], said["fully-allocated"])
+    expected = (said["required"], said["fully-allocated"], said["bitmaps"])
+    assert (found.required, found.fully_allocated, found.bitmaps) == expected
 
 
 # --- resize ---------------------------------------------------------------------------------------------------
