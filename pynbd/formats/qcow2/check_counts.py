@@ -172,6 +172,14 @@ class Counts:
                 if 0 < part[at] < self.most or part[at] == 1:
                     part[at] -= 1
 
+    def raise_to(self, other: "Counts") -> None:
+        """Raise each count to that of another one, if it is less."""
+        for number, part in other.parts.items():
+            mine = self._part(number)
+            if mine != part:
+                for at, value in enumerate(part):
+                    mine[at] = max(mine[at], value)
+
     def put(self, first: int, values: bytes) -> None:
         """Set the counts of some clusters, each kept in a byte."""
         at = 0

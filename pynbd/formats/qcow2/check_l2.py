@@ -154,6 +154,7 @@ class L2Reader:
                 if bitmap & SUBCLUSTERS_ALL_ALLOCATED:
                     what = f"L2 entry {index} has no cluster, but allocated subclusters (bitmap {bitmap:#x})"
                     found.problems.append(what)
+                    found.uncounted = True
                 continue
             offset = entry & OFFSET_MASK
             both = bitmap >> SUBCLUSTERS & bitmap
@@ -187,7 +188,9 @@ class L2Reader:
         what = f"L2 entry {index} is {entry:#x}: its cluster lies at {offset}, expected a multiple of {self.cluster}"
         found.problems.append(what)
         holds_data = bitmap & SUBCLUSTERS_ALL_ALLOCATED if self.extended else not entry & ZERO
-        if not holds_data:
+        if holds_data:
+            found.uncounted = True
+        else:
             # Reserved for later writes, and zero until then: nothing is lost with it.
             found.mends.append(Mend(index, 0, SUBCLUSTERS_ALL_ZERO) if self.extended else Mend(index, ZERO, 0))
 

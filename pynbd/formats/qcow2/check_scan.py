@@ -152,7 +152,7 @@ class Scan:
         self.unusable = False
         """The refcount structures must be made anew."""
         self.uncounted = False
-        """Something refers to clusters that can't be told: none must be given up."""
+        """Something wrong may refer to clusters that seem to leak: none must be given up."""
         self._words_left = MAX_TABLE_WORDS
         self._mends_left = MAX_MENDS
 
@@ -180,6 +180,7 @@ class Scan:
             return True
         # The last cluster of a file need not be there in full.
         if offset + length - self.file_length >= self.cluster:
+            self.uncounted = True
             self.findings.corruption(
                 f"{what} refers to offset {offset}, {length} bytes, but the file ends at {self.file_length}", times
             )
@@ -237,6 +238,7 @@ class Scan:
         for done, (offset, times) in enumerate(sorted(tables.items())):
             self.progress(done, len(tables))
             if offset & (self.cluster - 1):
+                self.uncounted = True
                 self.findings.corruption(
                     f"an L1 entry points to an L2 table at {offset}, expected a multiple of {self.cluster}", times
                 )
@@ -290,6 +292,7 @@ class Scan:
         if inside:
             self._overflow(self.references.add(first, inside, times), first, inside)
         if inside < count:
+            self.uncounted = True
             offset = (first + inside) << self.bits
             self.findings.corruption(
                 f"{where} refers to {count - inside} clusters from offset {offset} on, "
@@ -321,10 +324,13 @@ class Scan:
                 wanted = f"{LEAST_EXTRA} to {layout.MAX_SNAPSHOT_EXTRA_BYTES}"
                 problem = f"entry {number} of the snapshot table has {extra} bytes of extra data, expected {wanted}"
                 self.findings.corruption(problem)
+                self.uncounted = True  # what follows may be no entry
             place = L1Place(place_at, size)
             if place.offset & (self.cluster - 1):
+                self.uncounted = True
                 self.findings.corruption(f"{what} lies at {place.offset}, expected a multiple of {self.cluster}")
             elif place.size > layout.MAX_L1_BYTES // 8:
+                self.uncounted = True
                 self.findings.corruption(f"{what} has {place.size} entries, at most {layout.MAX_L1_BYTES // 8}")
             else:
                 found[place] = (what, found.get(place, (what, 0))[1] + 1)
@@ -390,6 +396,7 @@ class Scan:
                     continue
                 offset = entry & OFFSET_MASK
                 if entry & layout.BITMAP_TABLE_RESERVED or entry & 1 or offset & (self.cluster - 1):
+                    self.uncounted = True
                     where = start + 8 * index
                     self.findings.corruption(f"the entry of a bitmap table at {where} is {entry:#x}", times)
                     continue

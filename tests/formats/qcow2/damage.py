@@ -144,6 +144,13 @@ class Image:
             found["snapshot l1"] = [
                 Word("snapshot l1", self.get(header.snapshots_offset) + 8 * index) for index in range(header.l1_size)
             ]
+            at = header.snapshots_offset
+            found["snapshot table"] = [Word("snapshot table", at), Word("snapshot table", at + 8, 4)]
+            found["snapshot table"].append(Word("snapshot table", at + 36, 4))
+        if header.bitmaps is not None:
+            at = header.bitmaps.directory_offset
+            found["bitmap directory"] = [Word("bitmap directory", at), Word("bitmap directory", at + 8, 4)]
+            found["bitmap table"] = [Word("bitmap table", self.get(at))]
         return found
 
 

@@ -234,7 +234,8 @@ async def test_flipped_bits(tmp_path: Path, options: str, seed: int) -> None:
         shutil.copyfile(base, path)
         image = Image(path)
         for word in choose.choices(image.words()[kind], k=choose.choice([1, 1, 3])):
-            image.put(word.offset, image.get(word.offset) ^ 1 << choose.randrange(64))
+            bit = 1 << choose.randrange(8 * word.length)
+            image.put(word.offset, image.get(word.offset, word.length) ^ bit, word.length)
         theirs, found = checked_by_qemu(path), await checked(path)
         if theirs is None:
             assert found.corruptions or found.check_errors, kind
@@ -242,7 +243,12 @@ async def test_flipped_bits(tmp_path: Path, options: str, seed: int) -> None:
             assert counts(found) == theirs, kind
         mended = await checked(path, Repair.ALL)
         assert mended.corruptions <= found.corruptions
-        assert counts(mended) == checked_by_qemu(path), kind
+        theirs = checked_by_qemu(path)
+        if theirs is not None or not (kind.startswith("bitmap") or kind == "snapshot table"):
+            assert counts(mended) == theirs, kind
+        # Nothing is given up for what can't be mended.
+        if mended.corruptions and kind in ("l1", "snapshot l1", "snapshot table", "bitmap table"):
+            assert not mended.leaks_fixed
 
 
 # --- opening ---------------------------------------------------------------------------------------------------------
