@@ -1,5 +1,6 @@
 """Compressed clusters: raw deflate with a window of 4 KiB, or one zstd frame (section "Compressed Clusters")."""
 
+import threading
 import zlib
 from collections.abc import Callable
 from functools import cache
@@ -10,6 +11,9 @@ WINDOW_BITS = -12
 """Raw deflate with a window of 2¹² bytes."""
 
 MEMORY_LEVEL = 9
+
+IGZIP_LEVEL = 2
+"""Of 0 to 3. What comes out is up to a tenth longer than zlib's, in a tenth of the time; 3 is slower, for 1 % less."""
 
 
 class CompressionError(Exception):
@@ -31,9 +35,25 @@ def inflate(data: bytes | memoryview, length: int) -> bytes:
 
 
 def deflate(data: bytes | memoryview) -> bytes:
-    """Raw deflate data of a cluster."""
+    """Raw deflate data of a cluster, by zlib."""
     stream = zlib.compressobj(zlib.Z_DEFAULT_COMPRESSION, zlib.DEFLATED, WINDOW_BITS, MEMORY_LEVEL)
     return stream.compress(data) + stream.flush()
+
+
+@cache
+def _deflate() -> Callable[[bytes | memoryview], bytes]:
+    """The quickest function that makes raw deflate data: of the package isal, if it is there."""
+    try:
+        from isal import igzip_lib
+    except ImportError:
+        return deflate
+
+    def compress(data: bytes | memoryview) -> bytes:
+        return igzip_lib.compress(
+            data, IGZIP_LEVEL, igzip_lib.COMP_DEFLATE, igzip_lib.MEM_LEVEL_DEFAULT, hist_bits=-WINDOW_BITS
+        )
+
+    return compress
 
 
 @cache
@@ -57,8 +77,14 @@ def _zstd() -> tuple[Callable[[bytes | memoryview, int], bytes], Callable[[bytes
         except zstd.ZstdError as problem:
             raise CompressionError(str(problem)) from None
 
+    threads = threading.local()
+
     def compress(data: bytes | memoryview) -> bytes:
-        return bytes(zstd.compress(data))
+        # A new compressor for each cluster would take a fifth more time: each thread keeps its own.
+        compressor = getattr(threads, "compressor", None)
+        if compressor is None:
+            compressor = threads.compressor = zstd.ZstdCompressor()
+        return bytes(compressor.compress(data, zstd.ZstdCompressor.FLUSH_FRAME))
 
     return decompress, compress
 
@@ -84,4 +110,4 @@ def compressor(kind: CompressionType) -> Callable[[bytes | memoryview], bytes]:
     Raises:
         CompressionError: a library is missing.
     """
-    return deflate if kind == CompressionType.ZLIB else _zstd()[1]
+    return _deflate() if kind == CompressionType.ZLIB else _zstd()[1]
