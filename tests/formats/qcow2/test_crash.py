@@ -22,7 +22,7 @@ from tests.formats.qcow2.workload import COMPRESSED, UNMAP, Workload, made
 from tests.peers import require_tool
 
 WORKLOADS = int(os.environ.get("CRASH_WORKLOADS", "3"))
-CRASHES = 16
+CRASHES = 10
 """Of one workload, at most."""
 
 KINDS = [

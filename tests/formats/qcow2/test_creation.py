@@ -73,8 +73,10 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("options", KINDS)
-@pytest.mark.parametrize("size", [0, 512, (20 << 20) + 512])
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [*((kind, (20 << 20) + 512) for kind in KINDS), *((kind, size) for kind in KINDS[:3] for size in (0, 512))],
+)
 async def test_new_images_are_as_qemu_makes_them(graph: Graph, tmp_path: Path, options: str, size: int) -> None:
     path = tmp_path / "ours.qcow2"
     await create(graph, path, options, size)
@@ -155,11 +157,10 @@ async def test_a_disk_is_measured_as_by_qemu(graph: Graph, tmp_path: Path, bitma
 # --- resize ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("backed", [False, True])
+@pytest.mark.parametrize(
+    ("options", "backed"), [*((kind, False) for kind in OPTIONS), *((kind, True) for kind in OPTIONS[:3])]
+)
 async def test_resized_both_ways(graph: Graph, tmp_path: Path, options: str, backed: bool) -> None:
-    if backed and "preallocation" in options:
-        options = ""
     size = 1 << 20
     base = tmp_path / "base.raw"
     base.write_bytes(random.Random(1).randbytes(3 << 20))
