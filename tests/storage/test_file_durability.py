@@ -14,7 +14,7 @@ import pytest
 from pynbd.block.alignment import aligned_buffer
 from pynbd.block.graph import Graph
 from pynbd.block.requests import RequestFlag
-from pynbd.storage import aio
+from pynbd.storage import aio, file
 from tests.storage.conftest import OpenDisk, description
 
 
@@ -23,6 +23,7 @@ def flushed_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """Who waits for a flush: the kernel's asynchronous I/O, or a thread where there is none."""
     if request.param == "thread":
         monkeypatch.setattr(aio, "_calls", None)
+    monkeypatch.setattr(file, "FEW_FLUSHES", 0)
     return str(request.param)
 
 
