@@ -221,7 +221,7 @@ async def test_repair_of_leaks_leaves_all_else(tmp_path: Path) -> None:
     ("options", "seed"),
     [
         # An image with the largest clusters takes a second per flip.
-        pytest.param(options, seed, marks=[pytest.mark.slow] if seed and "2M" in options else [])
+        pytest.param(options, seed, marks=[pytest.mark.slow] if seed and (seed > 1 or "2M" in options) else [])
         for options in OPTIONS
         for seed in range(3)
     ],
@@ -244,8 +244,7 @@ async def test_flipped_bits(tmp_path: Path, options: str, seed: int) -> None:
         mended = await checked(path, Repair.ALL)
         assert mended.corruptions <= found.corruptions
         theirs = checked_by_qemu(path)
-        if theirs is not None or not (kind.startswith("bitmap") or kind == "snapshot table"):
-            assert counts(mended) == theirs, kind
+        assert theirs is None or counts(mended) == theirs, kind
         # Nothing is given up for what can't be mended.
         if mended.corruptions and kind in ("l1", "snapshot l1", "snapshot table", "bitmap table"):
             assert not mended.leaks_fixed

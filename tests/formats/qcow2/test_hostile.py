@@ -245,7 +245,17 @@ def bounded(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return done
 
 
-SLOW = (many_bitmaps, a_giant_l1, a_giant_refcount_table, many_snapshots, snapshots_in_a_hole, scattered_clusters)
+SLOW = (
+    a_giant_l1,
+    a_giant_l1_in_a_hole,
+    a_giant_refcount_table,
+    many_bitmaps,
+    many_snapshots,
+    one_block_for_all,
+    scattered_clusters,
+    snapshots_in_a_hole,
+    tables_in_holes,
+)
 
 
 @pytest.mark.parametrize(
