@@ -38,7 +38,7 @@ types: $(VENV)/.installed-dev ## mypy --strict
 	$(python) -m mypy
 
 pytest: $(VENV)/.installed-dev packages ## all tests; PYTEST_ARGS="-m 'not slow' tests/block" chooses
-	$(python) -m pytest $(PYTEST_ARGS)
+	$(python) -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 attach: $(VENV)/.installed-dev packages ## only the tests that boot a kernel and attach to it
 	$(python) -m pytest tests/attach $(PYTEST_ARGS)
