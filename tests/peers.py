@@ -43,6 +43,12 @@ READY_LIMIT_S = 30.0
 END_LIMIT_S = 20.0
 """How long a server may take to end after SIGTERM before it is killed."""
 
+LOG_LIMIT_S = 30.0
+"""How long what a server is to say may take."""
+
+LOG_INTERVAL_S = 0.02
+"""How long to wait before its log is read again."""
+
 COMMAND_LIMIT_S = 100.0
 """How long a client may run unless the caller says otherwise; below pytest's own limit, so that its output is seen."""
 
@@ -143,6 +149,14 @@ class Peer:
     def log(self) -> str:
         """Everything it has written to its standard output and error."""
         return self.log_path.read_text(errors="replace")
+
+    def until_logged(self, text: str) -> None:
+        """Wait until it has said this: a client can be gone before the server tells of it. Fails after LOG_LIMIT_S."""
+        deadline = time.monotonic() + LOG_LIMIT_S
+        while text not in self.log():
+            assert self.process.poll() is None, f"{self.name} ended before it said {text!r}:\n{self.log()}"
+            assert time.monotonic() < deadline, f"{self.name} never said {text!r}:\n{self.log()}"
+            time.sleep(LOG_INTERVAL_S)
 
     def stop(self, signal_number: int = signal.SIGTERM) -> int:
         """End it with a signal and return its exit status; if it ignores that for END_LIMIT_S, kill it and raise."""

@@ -336,7 +336,7 @@ def test_a_guessed_format_is_guarded(tmp_path: Path) -> None:
     header = tmp_path / "header"
     header.write_bytes(qcow2.read_bytes()[:512])
     with pynbd_serve(disk) as peer:
-        assert "-f raw" in peer.log()
+        peer.until_logged("-f raw")
         said = run("qemu-io", "-f", "raw", "-c", f"write -s {header} 0 512", peer.uri(), status=1)
         assert "failed" in said
         run("qemu-io", "-f", "raw", "-c", "write -P 5 0 512", "-c", "read -P 5 0 512", peer.uri())

@@ -33,7 +33,7 @@ def qemu_options(peer: Peer, folder: Path, host: str = "localhost") -> list[str]
 def test_nbdinfo(peer: Peer, pki: Path) -> None:
     require_tool("nbdinfo", package="libnbd-bin")
     assert "with TLS, using structured packets" in run("nbdinfo", uri_of(peer, pki))
-    assert "uses export '' (structured, TLSv1.3, 'CN=alice')" in peer.log()
+    peer.until_logged("uses export '' (structured, TLSv1.3, 'CN=alice')")
 
 
 def test_nbdcopy_both_ways(peer: Peer, pki: Path, random_disk: Path, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_nbd_client(peer: Peer, pki: Path) -> None:
     files += [f"-keyfile={pki}/client-key.pem"]
     assert "Negotiation" in run("nbd-client", "-l", *place, *files)
     run("sh", "-c", f"nbd-client {' '.join(place)} /dev/null -L {' '.join(files)}; true")
-    assert "uses export '' (simple, TLSv1.2, 'CN=alice')" in peer.log()
+    peer.until_logged("uses export '' (simple, TLSv1.2, 'CN=alice')")
 
 
 def test_peers_refuse_another_hosts_certificate(pki: Path, random_disk: Path, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_who_has_no_certificate_stays_outside(peer: Peer, pki: Path, tmp_path: P
     require_tool("nbdinfo", package="libnbd-bin")
     (tmp_path / "ca-cert.pem").write_bytes((pki / "ca-cert.pem").read_bytes())
     run("nbdinfo", uri_of(peer, tmp_path), status=1)
-    assert "peer did not return a certificate" in peer.log()
+    peer.until_logged("peer did not return a certificate")
     run("nbdinfo", uri_of(peer, pki / "stranger"), status=1)
     run("nbdinfo", peer.uri(), status=1)
     assert "uses export" not in peer.log()

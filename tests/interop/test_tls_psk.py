@@ -36,7 +36,7 @@ def test_their_clients(keys: Path, random_disk: Path) -> None:
     objects = ["--object", "authz-list,id=authz0,rules.0.match=bob,rules.0.policy=deny,policy=allow"]
     with pynbd_serve("-v", "-f", "raw", "--tls-psk", keys, random_disk, tcp=True) as peer:
         assert run("nbdinfo", "--size", uri_of(peer, keys)) == f"{8 << 20}\n"
-        assert "uses export '' (structured, TLSv1.3, 'alice')" in peer.log()
+        peer.until_logged("uses export '' (structured, TLSv1.3, 'alice')")
         run("nbdinfo", uri_of(peer, keys.with_name("wrong.psk")), status=1)
         creds = f"tls-creds-psk,id=tls0,dir={keys.parent},username=bob,endpoint=client"
         disk = f"driver=nbd,host=localhost,port={peer.endpoint.port},tls-creds=tls0"
@@ -45,7 +45,7 @@ def test_their_clients(keys: Path, random_disk: Path) -> None:
     with pynbd_serve("-f", "raw", *objects, "--tls-psk", keys, "--tls-authz", "authz0", random_disk, tcp=True) as peer:
         run("nbdinfo", "--size", uri_of(peer, keys))
         run("nbdinfo", "--size", uri_of(peer, keys, "bob"), status=1)
-        assert "refused: 'bob' is not authorized" in peer.log()
+        peer.until_logged("refused: 'bob' is not authorized")
 
 
 Start = Callable[[Path, Path], AbstractContextManager[Peer]]
