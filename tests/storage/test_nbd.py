@@ -276,7 +276,7 @@ async def test_a_server_that_is_no_nbd_server() -> None:
         assert caught.value.errno == errno.EPROTO
 
 
-async def test_an_export_is_not_resized() -> None:
+async def test_an_export_is_not_resized_where_the_server_can_not() -> None:
     with peers.nbdkit("memory", "1M") as peer:
         async with client(peer) as backend:
             await backend.truncate(1 << 20)
@@ -285,6 +285,32 @@ async def test_an_export_is_not_resized() -> None:
                 await backend.truncate(1 << 21)
             assert caught.value.errno == errno.ENOTSUP
             assert backend.size == 1 << 20
+
+
+async def test_an_export_is_resized_under_its_clients(tmp_path: Path) -> None:
+    """By one client's RESIZE: whoever comes later finds the new size, and so does a connection that is made again."""
+    disk, config = tmp_path / "disk.raw", tmp_path / "pynbd.toml"
+    disk.write_bytes(b"a" * (1 << 20))
+    config.write_text(f'[export.disk]\ndisk = "{disk}"\nformat = "raw"\nresize = true\n')
+    with peers.pynbd_serve("--config", config) as peer:
+        again = {"connections": 2, "reconnect-delay": 20}
+        async with client(peer, export="disk", **again) as backend:
+            with pytest.raises(OSError, match="preallocation full"):
+                await backend.truncate(3 << 20, Preallocation.FULL)
+            await backend.truncate(3 << 20)
+            assert backend.size == disk.stat().st_size == 3 << 20
+            await backend.write((3 << 20) - 4, b"last")
+            async with client(peer, export="disk") as second:
+                assert await read(second, (1 << 20) - 1, 2) == b"a\0"
+                assert await read(second, (3 << 20) - 4, 4) == b"last"
+            await backend.truncate(1 << 20)
+            assert backend.size == disk.stat().st_size == 1 << 20
+            await backend.flush()
+            peer.stop()
+            with peers.pynbd_serve("--config", config, "-k", peer.endpoint.socket_path or ""):
+                await backend.write(0, b"b")
+                await backend.flush()
+    assert disk.read_bytes() == b"b" + b"a" * ((1 << 20) - 1)
 
 
 async def test_several_connections_only_where_allowed(random_disk: Path) -> None:

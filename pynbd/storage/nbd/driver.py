@@ -1,6 +1,7 @@
 """The driver `nbd`.
 
-Limits: no resize; a server that restarts must serve an export of the same size and no less able.
+Limits: resized only where the server has the experimental RESIZE; a server that restarts must serve an export of the
+same size and no less able.
 """
 
 from collections.abc import Sequence
@@ -303,8 +304,20 @@ class Nbd(Driver):
         return [Extent(extent, status_of(state)) for extent, state in islice(told, MAX_STATUS_EXTENTS)]
 
     async def truncate(self, size: int, preallocation: Preallocation, *, exact: bool) -> None:
-        if size != self.size and (exact or size > self.size):
-            raise errors.unsupported(self.node.name, f"an export can't be resized from {self.size} to {size} bytes")
+        if size == self.size or (size < self.size and not exact):
+            return
+        wish = f"resize of the export from {self.size} to {size} bytes"
+        if not self._flags & TransmissionFlag.SEND_RESIZE:
+            raise errors.unsupported(self.node.name, f"{wish}: the server does not offer RESIZE")
+        if preallocation is not Preallocation.OFF:
+            raise errors.unsupported(self.node.name, f"{wish} with preallocation {preallocation.value}")
+        request = Request(Command.RESIZE, size)
+        self._submit(request)
+        await request.future
+        self.size = size
+        assert self._established is not None
+        info = msgspec.structs.replace(self._established.info, size=size)
+        self._established = msgspec.structs.replace(self._established, info=info)
 
     async def allocated_size(self) -> int | None:
         return None

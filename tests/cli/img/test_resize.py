@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.img.side_by_side import img, ok, qemu_img, same
+from tests.peers import pynbd_serve
 
 MIB = 1 << 20
 
@@ -61,3 +62,18 @@ def test_relative_to_whole_sectors(odd: Path) -> None:
 def test_a_guessed_format_is_warned_of(disk: Path) -> None:
     same("resize", disk, "20M")
     assert "-f raw" in img("resize", disk, "30M").err
+
+
+def test_export_that_is_served_meanwhile(disk: Path, tmp_path: Path) -> None:
+    """Where the configuration says `resize`; the file is as qemu-img leaves it."""
+    config = tmp_path / "pynbd.toml"
+    config.write_text(f'[export.open]\ndisk = "{disk}"\nformat = "raw"\nresize = true\n')
+    with pynbd_serve("--config", config) as peer:
+        ok("resize", "-f", "raw", peer.uri("open"), "+2M")
+        assert disk.stat().st_size == 12 * MIB
+        refused = img("resize", "-f", "raw", peer.uri("open"), "1M")
+        assert (refused.status, disk.stat().st_size) == (1, 12 * MIB)
+    with pynbd_serve("-f", "raw", disk) as peer:
+        closed = img("resize", "-f", "raw", peer.uri(), "+2M")
+    assert "the server does not offer RESIZE" in closed.err
+    assert (closed.status, disk.stat().st_size) == (1, 12 * MIB)
