@@ -299,7 +299,7 @@ async def test_an_export_is_resized_under_its_clients(tmp_path: Path) -> None:
                 await backend.truncate(3 << 20, Preallocation.FULL)
             await backend.truncate(3 << 20)
             assert backend.size == disk.stat().st_size == 3 << 20
-            await backend.write((3 << 20) - 4, b"last")
+            await backend.write((3 << 20) - 4, memoryview(b"last"))
             async with client(peer, export="disk") as second:
                 assert await read(second, (1 << 20) - 1, 2) == b"a\0"
                 assert await read(second, (3 << 20) - 4, 4) == b"last"
@@ -308,7 +308,7 @@ async def test_an_export_is_resized_under_its_clients(tmp_path: Path) -> None:
             await backend.flush()
             peer.stop()
             with peers.pynbd_serve("--config", config, "-k", peer.endpoint.socket_path or ""):
-                await backend.write(0, b"b")
+                await backend.write(0, memoryview(b"b"))
                 await backend.flush()
     assert disk.read_bytes() == b"b" + b"a" * ((1 << 20) - 1)
 
