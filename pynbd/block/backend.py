@@ -360,11 +360,12 @@ class BlockBackend:
     def write_now(self, offset: int, data: memoryview) -> bool:
         """Put `data` at `offset` without waiting, if that can be done in place; see `Driver.write_now`.
 
-        Such writes are counted by whoever makes them, many at a time. (0 requests are in flight meanwhile: nothing else
-        runs before this returns.)
+        Such writes are counted by whoever makes them, many at a time, who also flushes where they have to be durable
+        (without `write_cache` all of them have to). 0 requests are in flight meanwhile: nothing else runs before this
+        returns.
         """
         edge = self.root
-        if not self._ready or edge is None or not edge.may_write or not self.write_cache:
+        if not self._ready or edge is None or not edge.may_write:
             return False
         if offset + len(data) > edge.node.driver.size:
             return False
@@ -400,13 +401,17 @@ class BlockBackend:
         """The bytes of a range will be read soon."""
         await self._run(Operation.CACHE, offset, length, lambda edge: edge.cache(offset, length))
 
-    async def flush(self) -> None:
-        """Make every write that was answered durable.
+    async def flush(self, requests: int = 1) -> None:
+        """Make every write that was made durable.
+
+        Args:
+            requests: how many asked for it, for the statistics.
 
         Raises:
             OSError: something could not be made durable.
         """
         await self._run(Operation.FLUSH, 0, 0, lambda edge: edge.flush())
+        self.statistics.operations[Operation.FLUSH] += requests - 1
 
     async def block_status(self, offset: int, length: int, base: Node | None = None) -> Sequence[ChainExtent]:
         """What the chain of images holds in a range; see `Node.block_status`.

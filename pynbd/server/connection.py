@@ -7,6 +7,8 @@ are ready together.
 The ways of a request:
 
     located     a small read whose bytes lie in an open file: read in place into the buffer of answers
+    in place    a small write that a driver can make without waiting; all those of a batch that must be durable share
+                one flush, with the FLUSHes of the batch
     span        a large read of bytes that never move and are in the page cache: sent from there
     coroutine   everything else; it is started in place and becomes a task only if it has to wait
 """
@@ -63,6 +65,7 @@ PAYLOAD_STEP_BYTES = 1 << 20
 READ = int(Command.READ)
 WRITE = int(Command.WRITE)
 DISC = int(Command.DISC)
+FLUSH = int(Command.FLUSH)
 COMMAND_FUA = int(CommandFlag.FUA)
 FUA = int(RequestFlag.FUA)
 
@@ -411,6 +414,9 @@ class Connection:
         pack, header = replies.pack_read_header, replies.read_header_size
         answers, view = scratch.answers, scratch.answers_view
         locate, preadv, write_now = self.backend.locate, os.preadv, self.backend.write_now
+        write_through = not self.backend.write_cache
+        may_flush = self.in_flight + MAX_BATCH_REQUESTS < MAX_REQUESTS_IN_FLIGHT
+        durable: list[Request] = []
         end_of_answers = len(answers)
         position = count = total = written = total_written = begun = 0
         started = perf_counter_ns()
@@ -442,13 +448,19 @@ class Connection:
             elif (
                 request.type == WRITE
                 and length
-                and not request.flags & COMMAND_FUA
+                and (may_flush or not (request.flags & COMMAND_FUA or write_through))
                 and request.payload is not None
                 and write_now(request.offset, request.payload)
             ):
-                self._out.append(replies.done(request))
+                if request.flags & COMMAND_FUA or write_through:
+                    durable.append(request)
+                else:
+                    self._out.append(replies.done(request))
                 written += 1
                 total_written += length
+                continue
+            elif request.type == FLUSH and may_flush:
+                durable.append(request)
                 continue
             if begun >= MAX_BATCH_BYTES:
                 self._put_aside(requests[index:])
@@ -468,6 +480,9 @@ class Connection:
                 self.wire.send_borrowed(view[:position])
             except OSError as problem:
                 self._lose(problem)
+        if durable and not self._lost:
+            self.in_flight += len(durable)
+            self._starter.start(self._make_durable(durable))
 
     def _owes_too_much(self) -> bool:
         """Whether the client must take some of its answers first."""
@@ -533,11 +548,28 @@ class Connection:
         except Exception as problem:
             log.exception("%s: %s failed", self.peer, describe(request))
             answer = [self._replies.error(request, Errno.EIO, f"internal error: {problem!r}")]
-        self.in_flight -= 1
         if borrowed is not None:
             self._scratch.buffers.give(borrowed)
         if reserved:
             self.account.give(reserved)
+        self._answer(answer, 1)
+
+    async def _make_durable(self, requests: Sequence[Request]) -> None:
+        """One flush for writes that have been made, and for those who asked for a flush. As `_carry_out`."""
+        execution = self._execution
+        try:
+            await self.backend.flush(sum(request.type == FLUSH for request in requests))
+            answers: list[Item] = [self._replies.done(request) for request in requests]
+        except OSError as problem:
+            answers = [execution.error(request, problem) for request in requests]
+        except Exception as problem:
+            log.exception("%s: flush failed", self.peer)
+            answers = [self._replies.error(request, Errno.EIO, f"internal error: {problem!r}") for request in requests]
+        self._answer(answers, len(requests))
+
+    def _answer(self, answer: Sequence[Item], requests: int) -> None:
+        """So many requests have ended: send the answer, with others if there are any now."""
+        self.in_flight -= requests
         if self._lost:
             self._end_if_idle()
             return

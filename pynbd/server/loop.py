@@ -124,6 +124,11 @@ class ServingLoop(asyncio.SelectorEventLoop):
         return bool(self._ready) or self._stopping
 
     @property
+    def has_one_client(self) -> bool:
+        """Whether a call that takes a while keeps nobody waiting but the one client who asked for it."""
+        return len(self._serving.direct) == 1
+
+    @property
     def first_timer(self) -> object:
         """The timer that comes next, None if there is none."""
         return self._scheduled[0] if self._scheduled else None

@@ -25,7 +25,7 @@ from pynbd.block.options import NodeOptions, OnOffAuto
 from pynbd.block.permissions import Permission
 from pynbd.block.requests import RequestFlag
 from pynbd.storage import aio, linux, opening, pool, sizing, sparse, transfers, zeroing
-from pynbd.storage.in_place import SLOW_S, InPlace
+from pynbd.storage.in_place import SLOW_FLUSH_S, SLOW_S, InPlace, keeps_others_waiting
 from pynbd.storage.locks import FileLocks
 
 INLINE_READ_BYTES = 256 << 10
@@ -137,6 +137,7 @@ class File(Driver):
         self._writes = pool.Batch(self._write_in_thread, always_waits=self._direct, workers=writers)
         self._in_place = InPlace(never=self._direct)
         self._status_in_place = InPlace()
+        self._flush_in_place = InPlace()
         self._dsync = True
         self._flush_error: OSError | None = None
         self._flushes: aio.FlushQueue | None = None
@@ -279,7 +280,7 @@ class File(Driver):
             else:
                 return
         self._write_in_thread(offset, data)
-        self._sync_in_thread()
+        self._sync()
 
     def _judge_durable_write(self, problem: OSError, offset: int, data: memoryview) -> None:
         """Find out whether the write failed, which is an error like any other, or the flush that was a part of it."""
@@ -290,8 +291,14 @@ class File(Driver):
     async def flush_to_disk(self) -> None:
         if self._flush_error is not None:
             raise self._flush_error
-        if not await self._sync_in_kernel():
-            await pool.run(pool.syncs, self._sync_in_thread)
+        started = perf_counter()
+        if started >= self._flush_in_place.paused_until and not keeps_others_waiting():
+            self._sync()
+            ended = perf_counter()
+            if ended - started > SLOW_FLUSH_S:
+                self._flush_in_place.was_slow(ended)
+        elif not await self._sync_in_kernel():
+            await pool.run(pool.syncs, self._sync)
 
     async def _sync_in_kernel(self) -> bool:
         """Flush without a thread; False if the kernel can't."""
@@ -313,7 +320,7 @@ class File(Driver):
             raise failed from problem
         return True
 
-    def _sync_in_thread(self) -> None:
+    def _sync(self) -> None:
         try:
             os.fdatasync(self._fd)
         except OSError as problem:

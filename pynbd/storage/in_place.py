@@ -1,8 +1,13 @@
 """Whether calls that should be quick are still made in place, or given to a thread for a while."""
 
+import asyncio
+
 SLOW_S = 0.004
 """A call in place that takes longer has kept everybody waiting. A shorter one may just have lost the processor to
 somebody else for a time slice, and a thread would not have been quicker then."""
+
+SLOW_FLUSH_S = 0.001
+"""The same for a flush, which waits for the disk by its nature."""
 
 FIRST_PAUSE_S = 0.008
 LONGEST_PAUSE_S = 0.25
@@ -34,3 +39,8 @@ class InPlace:
         self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S) if recently else FIRST_PAUSE_S
         self._slow_at = now
         self.paused_until = now + self._pause_s
+
+
+def keeps_others_waiting() -> bool:
+    """Whether anybody else waits while a call in place does: the loop says so that serves one client."""
+    return not getattr(asyncio.get_running_loop(), "has_one_client", False)

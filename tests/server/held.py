@@ -1,6 +1,7 @@
 """A storage driver for tests in which every request waits until the test lets it go on.
 
-Named by its file (`HELD`). While `hold` is set, requests of the kinds named there wait in `waiting`.
+Named by its file (`HELD`). While `hold` is set, requests of the kinds named there wait in `waiting`. With `writes_now`
+it writes in place.
 """
 
 import asyncio
@@ -46,6 +47,7 @@ class Held(Driver):
         self.calls: list[tuple[str, int, int]] = []
         self.arrived = asyncio.Event()
         self.on_call: Callable[[], None] | None = None
+        self.writes_now = False
 
     async def _wait(self, what: str, offset: int, length: int) -> None:
         self.calls.append((what, offset, length))
@@ -84,6 +86,12 @@ class Held(Driver):
         assert data.readonly
         assert bytes(data) == before
         self.written[offset] = before
+
+    def write_now(self, offset: int, data: memoryview) -> bool:
+        if self.writes_now:
+            self.calls.append(("write_now", offset, len(data)))
+            self.written[offset] = bytes(data)
+        return self.writes_now
 
     async def flush_to_disk(self) -> None:
         await self._wait("flush", 0, 0)

@@ -3,6 +3,7 @@ test_life_of_a_request.py; here are the ways on which a connection could come to
 """
 
 import asyncio
+import errno
 import os
 import random
 import resource
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbd_protocol.constants import Command, CommandFlag, Errno, ReplyMode
+from pynbd.block.statistics import Operation
 from pynbd.server import connection as connection_module
 from pynbd.server.budget import OVERDRAFT_BYTES, RESERVE_BYTES, PayloadBudget
 from pynbd.server.connection import Connection
@@ -415,3 +417,66 @@ async def test_fua_and_other_flags_reach_the_backend(mode: ReplyMode) -> None:
         driver.calls.clear()
         await client.write(0, b"efgh")
         assert [call[0] for call in driver.calls] == ["write"]
+
+
+def durable(offset: int) -> tuple[Any, ...]:
+    return (Command.WRITE, offset, 0, CommandFlag.FUA, b"durable!")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+async def test_durable_writes_of_a_batch_share_a_flush(mode: ReplyMode, fails: bool) -> None:
+    """It begins when all of them are made, and answers them all; who wants no durability does not wait for it."""
+    async with serving({"driver": HELD}) as served:
+        driver = held(served.node())
+        driver.writes_now, driver.hold = True, frozenset({"flush"})
+        client = await served.connect(mode=mode)
+        *waiting, plain = await send_together(
+            client, durable(0), (Command.FLUSH,), durable(8), (Command.FLUSH,), write(16, b"plain")
+        )
+        assert not (await client.reply(plain)).error
+        assert [call[0] for call in driver.calls] == ["write_now", "write_now", "write_now", "flush"]
+        [flush] = driver.waiting
+        driver.hold = frozenset()
+        if fails:
+            flush.go.set_exception(OSError(errno.ENOSPC, "no room"))
+        else:
+            flush.go.set_result(None)
+        expected = Errno.ENOSPC if fails else 0
+        assert [(await client.reply(cookie)).error for cookie in waiting] == [expected] * 4
+        statistics = the_connection(served).backend.statistics
+        assert statistics.operations[Operation.WRITE] == 3
+        assert statistics.operations[Operation.FLUSH] == (0 if fails else 2)
+        assert statistics.failed[Operation.FLUSH] == fails
+
+
+async def test_without_a_write_cache_every_write_is_flushed() -> None:
+    async with serving({"driver": HELD}) as served:
+        driver = held(served.node())
+        driver.writes_now, driver.hold = True, frozenset({"flush"})
+        client = await served.connect()
+        the_connection(served).backend.write_cache = False
+        cookie = await client.send(Command.WRITE, 0, payload=b"through", flags=CommandFlag(0))
+        await driver.until(1)
+        assert driver.written == {0: b"through"}
+        driver.release()
+        assert not (await client.reply(cookie)).error
+
+
+async def test_durable_writes_are_among_the_requests_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection_module, "MAX_REQUESTS_IN_FLIGHT", 1 + connection_module.MAX_BATCH_REQUESTS)
+    async with serving({"driver": HELD}) as served:
+        driver = held(served.node())
+        driver.writes_now, driver.hold = True, frozenset({"flush"})
+        client = await served.connect()
+        first = await client.send(Command.WRITE, 0, payload=b"1", flags=CommandFlag.FUA)
+        await driver.until(1)
+        assert the_connection(served).in_flight == 1
+        # There may be no room for all of another batch: its writes take the way that counts them one by one.
+        second = await client.send(Command.WRITE, 1, payload=b"2", flags=CommandFlag.FUA)
+        async with asyncio.timeout(LIMIT_S):
+            while ("write", 1, 1) not in driver.calls:
+                await asyncio.sleep(0)
+        driver.release()
+        assert not (await client.reply(first)).error
+        assert not (await client.reply(second)).error

@@ -220,3 +220,19 @@ def test_the_policy_that_somebody_set_decides() -> None:
         asyncio.set_event_loop_policy(before)
     with closing(serving_loop()) as loop:
         assert isinstance(loop, ServingLoop)
+
+
+def test_one_client_is_told_from_several(pair: tuple[socket.socket, socket.socket]) -> None:
+    near, far = pair
+
+    async def work(loop: ServingLoop) -> list[bool]:
+        told = [loop.has_one_client]
+        for sock in (near, far):
+            loop.add_direct_reader(sock.fileno(), lambda: None)
+            told.append(loop.has_one_client)
+        loop.remove_direct_reader(near.fileno())
+        told.append(loop.has_one_client)
+        loop.remove_direct_reader(far.fileno())
+        return told
+
+    assert run(work) == [False, True, False, True]

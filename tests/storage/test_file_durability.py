@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import re
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from pynbd.block.alignment import aligned_buffer
 from pynbd.block.graph import Graph
 from pynbd.block.requests import RequestFlag
 from pynbd.storage import aio, file
+from pynbd.storage import in_place as in_place_module
 from tests.storage.conftest import OpenDisk, description
 
 
@@ -190,3 +192,32 @@ async def test_a_write_that_finds_no_room(small_tmpfs: Path, open_disk: OpenDisk
         assert {problem.errno for problem in answers} == {errno.ENOSPC}
         assert re.search(f"{path}.: write at .* for .* bytes: No space left on device", str(answers[0]))
         await backend.flush()
+
+
+async def test_a_flush_in_place_for_the_only_client(
+    disk: Path, open_disk: OpenDisk, flushed_by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else is kept waiting by it; and if it was slow, others wait for the next ones."""
+    in_place: list[int] = []
+    fdatasync = os.fdatasync
+
+    def noted_fdatasync(fd: int) -> None:
+        if threading.current_thread() is threading.main_thread():
+            in_place.append(fd)
+        fdatasync(fd)
+
+    async def flush_after_a_write() -> int:
+        await backend.write(0, memoryview(b"x"))
+        await backend.flush()
+        return len(in_place)
+
+    monkeypatch.setattr(os, "fdatasync", noted_fdatasync)
+    monkeypatch.setattr(file, "SLOW_FLUSH_S", float("inf"))
+    async with open_disk(description(disk)) as backend:
+        assert await flush_after_a_write() == 0
+        monkeypatch.setattr(asyncio.get_running_loop(), "has_one_client", True, raising=False)
+        assert await flush_after_a_write() == 1
+        monkeypatch.setattr(file, "SLOW_FLUSH_S", 0)
+        monkeypatch.setattr(in_place_module, "FIRST_PAUSE_S", float("inf"))
+        assert await flush_after_a_write() == 2
+        assert await flush_after_a_write() == 2
