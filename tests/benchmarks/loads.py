@@ -61,7 +61,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Sample:
-    """What one measurement gave. `value` is what contenders are compared by; None stands for what can't be had."""
+    """What one measurement gave. `value` is what contenders are compared by; None stands for what can't be had.
+
+    `client_busy` is the part of the time that the client itself was at work, 1 for one processor.
+    """
 
     value: float
     requests: int | None = None
@@ -69,6 +72,7 @@ class Sample:
     p50_us: float | None = None
     p99_us: float | None = None
     cpu_s: float | None = None
+    client_busy: float | None = None
     peak_resident_bytes: int | None = None
     notes: tuple[str, ...] = ()
 
@@ -138,7 +142,8 @@ class Fio:
     def sample(self, out: str, cpu_s: float, pid: int) -> Sample:
         """What fio's report says."""
         # fio writes a line for every connection before the report.
-        told = json.loads(out[out.index("{") :])["jobs"][0]["mixed"]
+        job = json.loads(out[out.index("{") :])["jobs"][0]
+        told = job["mixed"]
         percentiles = told["clat_ns"]["percentile"]
         return Sample(
             value=told["bw_bytes"] / 1e6 if self.unit == "MB/s" else told["iops"] / 1e3,
@@ -147,6 +152,8 @@ class Fio:
             p50_us=percentiles["50.000000"] / 1e3,
             p99_us=percentiles["99.000000"] / 1e3,
             cpu_s=cpu_s,
+            # Per cent, of one connection's thread on the average.
+            client_busy=(job["usr_cpu"] + job["sys_cpu"]) / 100 * self.connections,
             peak_resident_bytes=process.peak_resident_bytes(pid),
         )
 

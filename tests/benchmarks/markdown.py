@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tests.benchmarks.report import (
+    client_text,
     conditions,
     latency_text,
     limit_text,
@@ -28,7 +29,7 @@ def markdown(data: Mapping[str, Any]) -> str:
     """
     ours, peers = data["ours"], data["names"][1:]
     head = ["cell", "unit", *data["names"], *(f"to {name}" for name in peers), "limit (share)"]
-    head += [f"{ours} p50/p99 µs", f"{ours} CPU", f"{ours} peak MiB"]
+    head += [f"{ours} p50/p99 µs", f"{ours} CPU", "client busy", f"{ours} peak MiB"]
     lines = [_line(head), _line(["---", "---", *["--:"] * (len(head) - 2)])]
     lines += [_line(_cells(cell, ours, peers)) for cell in data["cells"]]
     lines += ["", f"{conditions(data)}. **Bold** is a target that was missed."]
@@ -57,7 +58,7 @@ def _cells(cell: Mapping[str, Any], ours: str, peers: Sequence[str]) -> list[str
         *(_median(cell["figures"].get(name, {})) for name in peers),
         *(_ratio(cell["ratios"].get(name, {})) for name in peers),
         limit_text(cell),
-        *(of(own, cell["unit"]) for of in (latency_text, processor_text, peak_text)),
+        *(of(own, cell["unit"]) for of in (latency_text, processor_text, client_text, peak_text)),
     ]
 
 

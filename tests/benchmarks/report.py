@@ -27,6 +27,7 @@ def figures(row: Row, server: str) -> dict[str, Any]:
         for key in ("p50_us", "p99_us")
         if (known := [figure for sample in samples if (figure := getattr(sample, key)) is not None])
     }
+    busy = [sample.client_busy for sample in samples if sample.client_busy is not None]
     peaks = [sample.peak_resident_bytes for sample in samples if sample.peak_resident_bytes is not None]
     return {
         "median": value.median,
@@ -35,6 +36,7 @@ def figures(row: Row, server: str) -> dict[str, Any]:
         "values": [sample.value if sample else None for sample in row.samples[server]],
         **latencies,
         **_cpu(samples),
+        **({"client_busy": Spread.of(busy).median} if busy else {}),
         **({"peak_resident_mib": max(peaks) / (1 << 20)} if peaks else {}),
         **({"file_resident": row.residency[server]} if server in row.residency else {}),
         **({"replies": row.replies[server]} if server in row.replies else {}),
@@ -189,6 +191,7 @@ def _table(data: Mapping[str, Any]) -> Table:
     table.add_column("limit", justify="right")
     table.add_column("p50/p99 µs", justify="right")
     table.add_column("server CPU", justify="right")
+    table.add_column("client busy", justify="right")
     table.add_column("peak MiB", justify="right")
     for cell in data["cells"]:
         table.add_row(
@@ -200,7 +203,7 @@ def _table(data: Mapping[str, Any]) -> Table:
             ),
             *(_ratio(cell["ratios"].get(name, {})) for name in names[1:]),
             limit_text(cell, separator="\n"),
-            *(_each(cell, names, of) for of in (latency_text, processor_text, peak_text)),
+            *(_each(cell, names, of) for of in (latency_text, processor_text, client_text, peak_text)),
         )
     return table
 
@@ -257,6 +260,11 @@ def processor_text(told: Mapping[str, Any], unit: str) -> str:
     if unit == "MB/s" and "cpu_s_per_gib" in told:
         return f"{told['cpu_s_per_gib']:.2f} s/GiB"
     return f"{told['cpu_s_per_million_requests']:.3g} s/M" if "cpu_s_per_million_requests" in told else ""
+
+
+def client_text(told: Mapping[str, Any], _unit: str) -> str:
+    """How much of a processor the client had to do."""
+    return f"{told['client_busy']:.0%}" if "client_busy" in told else ""
 
 
 def peak_text(told: Mapping[str, Any], _unit: str) -> str:

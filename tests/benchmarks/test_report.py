@@ -67,7 +67,16 @@ def _row() -> Row:
     cell = Cell("read", Fio("randread", 4096, 32), targets={"nbdkit": 1.2, "qemu-nbd": 3})
 
     def sample(value: float) -> Sample:
-        return Sample(value, 1000, 4096000, p50_us=value, p99_us=2 * value, cpu_s=0.5, peak_resident_bytes=3 << 20)
+        return Sample(
+            value,
+            1000,
+            4096000,
+            p50_us=value,
+            p99_us=2 * value,
+            cpu_s=0.5,
+            client_busy=0.9,
+            peak_resident_bytes=3 << 20,
+        )
 
     samples: dict[str, list[Sample | None]] = {
         "pynbd": [sample(150), sample(120)],
@@ -98,6 +107,7 @@ def test_figures_are_sums_where_sums_are_meant() -> None:
     assert told["cpu_s_per_million_requests"] == 500
     assert told["median"] == 135
     assert told["p99_us"] == 270
+    assert told["client_busy"] == 0.9
     assert told["peak_resident_mib"] == 3
     assert figures(_row(), "nbd-server") == {}
 
@@ -120,6 +130,7 @@ def test_report_says_everything() -> None:
         "1.35 (1.20 to 1.50)",
         "≥ 1.2",
         "2.50",
+        "90%",
         "qemu-nbd: hung up",
         "only 99.0% of the file was cached for nbdkit",
         "nbdkit -f file X",
