@@ -15,7 +15,7 @@ from pynbd.block.graph import Graph
 from pynbd.formats.qcow2 import layout
 from pynbd.formats.qcow2.driver import Qcow2
 from pynbd.formats.qcow2.header import Header, parse_header
-from tests.formats.qcow2.workload import made
+from tests.formats.qcow2.workload import in_file, made
 from tests.peers import require_tool, run
 
 COUNTS = (
@@ -170,7 +170,7 @@ def checked_by_qemu(*arguments: str | Path) -> dict[str, Any] | None:
 async def checked(path: Path, repair: Repair = Repair.NOTHING) -> CheckResult:
     """What pynbd finds, and mends."""
     graph = Graph()
-    description = {"driver": "qcow2", "file": {"driver": "file", "filename": str(path)}, "backing": None}
+    description = in_file(path, backing=None)
     node = await graph.open(description, for_check=True, read_only=repair is Repair.NOTHING)
     try:
         driver = cast(Qcow2, node.driver)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,10 @@ import pytest
 from pynbd.block.errors import OptionError
 from pynbd.block.graph import Graph
 from tests.formats.qcow2.test_creation import told
-from tests.formats.qcow2.test_qcow2 import in_file
-from tests.formats.qcow2.workload import Workload, is_sound, made, read_by_qemu
+from tests.formats.qcow2.workload import Workload, in_file, is_sound, made, read_by_qemu
 from tests.peers import require_tool, run
 
 SIZE = 1 << 20
-
-
-@pytest.fixture
-async def graph() -> AsyncIterator[Graph]:
-    graph = Graph()
-    yield graph
-    await graph.close_all()
 
 
 async def amended(graph: Graph, path: Path, model: bytes, changes: dict[str, Any]) -> bytes:

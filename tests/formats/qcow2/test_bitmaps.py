@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pynbd.block.backend import BlockBackend
-from pynbd.block.bitmaps import DirtyBitmap
 from pynbd.block.errors import BlockError, ImageError
 from pynbd.block.families import PersistentBitmaps
 from pynbd.block.graph import Graph
@@ -19,23 +17,13 @@ from pynbd.block.node import Node
 from pynbd.block.permissions import Permission
 from pynbd.formats.qcow2 import layout
 from pynbd.formats.qcow2.driver import Qcow2
-from tests.formats.qcow2.workload import Workload, is_sound, made, read_by_qemu
-from tests.peers import CommandError, pynbd_serve, qemu_nbd, require_tool, run
+from tests.formats.qcow2.dirty_extents import dirty, dirty_by_qemu, dirty_over_nbd, told_by_qemu
+from tests.formats.qcow2.workload import Workload, in_file, is_sound, made, read_by_qemu
+from tests.peers import CommandError, pynbd_serve, require_tool, run
 from tests.restless import RESTLESS, restless
 
 SIZE = (3 << 20) + 1536
 OPTIONS = ["", "cluster_size=512", "extended_l2=on,cluster_size=16k", "cluster_size=2M", "lazy_refcounts=on"]
-
-
-@pytest.fixture
-async def graph() -> AsyncIterator[Graph]:
-    graph = Graph()
-    yield graph
-    await graph.close_all()
-
-
-def in_file(path: Path, **options: Any) -> dict[str, Any]:
-    return {"driver": "qcow2", "file": {"driver": "file", "filename": str(path)}, **options}
 
 
 def with_bitmaps(tmp_path: Path, options: str = "", **granularities: str) -> Path:
@@ -44,34 +32,6 @@ def with_bitmaps(tmp_path: Path, options: str = "", **granularities: str) -> Pat
     for name, granularity in granularities.items():
         run(require_tool("qemu-img"), "bitmap", "--add", "-g", granularity, path, name)
     return path
-
-
-def dirty_by_qemu(path: Path, name: str) -> list[tuple[int, int]]:
-    """(offset, end) of all that QEMU finds dirty."""
-    with qemu_nbd(path, "-f", "qcow2", "-r", "-B", name) as peer:
-        return dirty_over_nbd(peer.uri(), name)
-
-
-def dirty_over_nbd(uri: str, name: str) -> list[tuple[int, int]]:
-    told = json.loads(run(require_tool("nbdinfo"), "--json", f"--map=qemu:dirty-bitmap:{name}", uri))
-    return [(extent["offset"], extent["offset"] + extent["length"]) for extent in told if extent["type"] == 1]
-
-
-def dirty(bitmap: DirtyBitmap) -> list[tuple[int, int]]:
-    """The same of a bitmap here."""
-    found, at = [], 0
-    for length, is_dirty in bitmap.extents(0, bitmap.size):
-        if is_dirty:
-            found.append((at, at + length))
-        at += length
-    return found
-
-
-def told_by_qemu(path: Path) -> dict[str, tuple[int, list[str]]]:
-    """name → (granularity, flags) of the bitmaps that QEMU finds."""
-    told = json.loads(run(require_tool("qemu-img"), "info", "--output=json", path))
-    bitmaps = told["format-specific"]["data"].get("bitmaps", [])
-    return {bitmap["name"]: (bitmap["granularity"], bitmap["flags"]) for bitmap in bitmaps}
 
 
 async def reopened(graph: Graph, path: Path, **options: Any) -> Node:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,26 +26,24 @@ from tests.formats.qcow2.damage import (
     read_header,
 )
 from tests.formats.qcow2.recorder import RECORDER, recorder
-from tests.formats.qcow2.workload import OPTIONS, Workload, is_sound, made, read_by_qemu
+from tests.formats.qcow2.workload import (
+    OPTIONS,
+    Workload,
+    in_file,
+    is_sound,
+    made,
+    read_by_qemu,
+    size_for,
+    snapshot_by_qemu,
+)
 from tests.peers import CommandError, require_tool, run
 
 SIZE = 1 << 20
 
 
-@pytest.fixture
-async def graph() -> AsyncIterator[Graph]:
-    graph = Graph()
-    yield graph
-    await graph.close_all()
-
-
-def size_for(options: str) -> int:
-    return 8 << 20 if "2M" in options else SIZE
-
-
 @pytest.mark.parametrize("options", OPTIONS)
 async def test_sound_images_are_counted_as_by_qemu(tmp_path: Path, options: str) -> None:
-    path = filled(tmp_path, options, size_for(options))
+    path = filled(tmp_path, options, size_for(options, SIZE))
     result = await checked(path)
     assert counts(result) == checked_by_qemu(path)
     assert (result.corruptions, result.leaks, result.messages) == (0, 0, [])
@@ -72,13 +70,6 @@ async def test_an_encrypted_image_is_counted_as_by_qemu(tmp_path: Path) -> None:
     named = f"driver=qcow2,file.filename={path},encrypt.key-secret=key"
     theirs = checked_by_qemu("--object", "secret,id=key,data=abc", "--image-opts", named)
     assert counts(await checked(path)) == theirs
-
-
-def snapshot_by_qemu(path: Path) -> bytes:
-    """What QEMU finds in the first snapshot."""
-    raw = path.with_suffix(".snapshot")
-    run(require_tool("qemu-img"), "convert", "-l", "first", "-O", "raw", path, raw)
-    return raw.read_bytes()
 
 
 # --- damage, one kind after the other --------------------------------------------------------------------------------
@@ -165,7 +156,7 @@ DAMAGES: dict[str, tuple[Callable[[Image], None], bool]] = {
 async def test_damage_is_found_and_mended(tmp_path: Path, kind: str) -> None:
     damage, mendable = DAMAGES[kind]
     path = filled(tmp_path, "", SIZE)
-    snapshot = snapshot_by_qemu(path)
+    snapshot = snapshot_by_qemu(path, "first")
     damage(Image(path))
     try:
         content = read_by_qemu(path)
@@ -187,7 +178,7 @@ async def test_damage_is_found_and_mended(tmp_path: Path, kind: str) -> None:
         assert is_sound(path)
         if content is not None:
             assert read_by_qemu(path) == content
-        assert snapshot_by_qemu(path) == snapshot
+        assert snapshot_by_qemu(path, "first") == snapshot
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
@@ -227,7 +218,7 @@ async def test_repair_of_leaks_leaves_all_else(tmp_path: Path) -> None:
     ],
 )
 async def test_flipped_bits(tmp_path: Path, options: str, seed: int) -> None:
-    base = filled(tmp_path, options, size_for(options))
+    base = filled(tmp_path, options, size_for(options, SIZE))
     choose = random.Random(f"{options} {seed}")
     for kind in Image(base).words():
         path = tmp_path / "flipped.qcow2"
@@ -251,10 +242,6 @@ async def test_flipped_bits(tmp_path: Path, options: str, seed: int) -> None:
 
 
 # --- opening ---------------------------------------------------------------------------------------------------------
-
-
-def in_file(path: Path, **options: Any) -> dict[str, Any]:
-    return {"driver": "qcow2", "file": {"driver": "file", "filename": str(path)}, **options}
 
 
 def mark(path: Path, feature: Incompatible) -> None:
@@ -364,7 +351,7 @@ async def test_power_may_go_in_the_middle_of_a_repair(
 ) -> None:
     """What is left can be repaired as well, and holds what the image held, in the snapshot, too."""
     path = filled(tmp_path, "", SIZE, bitmaps=False)
-    snapshot = snapshot_by_qemu(path)
+    snapshot = snapshot_by_qemu(path, "first")
     DAMAGES[kind][0](Image(path))
     storage = await graph.open({"driver": RECORDER, "seed": len(kind)})
     recorder(storage).begin(path.read_bytes())
@@ -394,4 +381,4 @@ async def test_power_may_go_in_the_middle_of_a_repair(
         assert (await checked(path, Repair.ALL)).corruptions == 0
         assert is_sound(path)
         assert read_by_qemu(path) == content
-        assert snapshot_by_qemu(path) == snapshot
+        assert snapshot_by_qemu(path, "first") == snapshot

@@ -9,7 +9,6 @@ import asyncio
 import os
 import random
 import subprocess
-from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -34,13 +33,6 @@ KINDS = [
     "cluster_size=1k,lazy_refcounts=on",
 ]
 SIZE = 96 << 10
-
-
-@pytest.fixture
-async def graph() -> AsyncIterator[Graph]:
-    graph = Graph()
-    yield graph
-    await graph.close_all()
 
 
 class Crashing(Workload):

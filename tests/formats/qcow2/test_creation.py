@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,8 @@ from pynbd.block.graph import Graph
 from pynbd.block.permissions import Permission
 from pynbd.formats.qcow2.creation import Qcow2CreationOptions
 from pynbd.formats.qcow2.driver import Qcow2
-from tests.formats.qcow2.test_qcow2 import in_file
-from tests.formats.qcow2.workload import OPTIONS, Workload, is_sound, made, read_by_qemu
+from tests.formats.qcow2.workload import OPTIONS, Workload, in_file, is_sound, made, read_by_qemu
 from tests.peers import require_tool, run
-
-
-@pytest.fixture
-async def graph() -> AsyncIterator[Graph]:
-    graph = Graph()
-    yield graph
-    await graph.close_all()
 
 
 def parsed(text: str, size: int) -> Qcow2CreationOptions:

@@ -16,13 +16,14 @@ from pynbd.crypto import hashes
 from pynbd.formats.qcow2.driver import Qcow2
 from tests.formats.luks_images import objects, qemu, qemu_secrets
 from tests.formats.qcow2.test_creation import parsed
-from tests.formats.qcow2.workload import Workload
+from tests.formats.qcow2.workload import Workload, in_file
 
 SIZE = (1 << 20) + 512
 
 
 @pytest.fixture
 async def graph(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Graph]:
+    """One with secrets, where keys are made fast."""
     monkeypatch.setattr(hashes, "MEASURED_S", 0.002)
     graph = Graph(objects())
     yield graph
@@ -31,7 +32,7 @@ async def graph(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Graph]:
 
 def description(path: Path, secret: str | None = "s0", **options: Any) -> dict[str, Any]:
     encrypt = {} if secret is None else {"encrypt": {"key-secret": secret}}
-    return {"driver": "qcow2", "file": {"driver": "file", "filename": str(path)}, **encrypt, **options}
+    return in_file(path, **encrypt, **options)
 
 
 def options_of(kind: str) -> str:

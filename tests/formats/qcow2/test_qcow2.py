@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pynbd.block.errors import BlockError
 from pynbd.block.extents import Status
 from pynbd.block.graph import Graph
-from tests.formats.qcow2.workload import OPTIONS, Workload, is_sound, made, read_by_qemu
+from tests.formats.qcow2.workload import OPTIONS, Workload, in_file, is_sound, made, read_by_qemu
 from tests.peers import require_tool, run
 from tests.restless import RESTLESS, restless
 
 SIZE = (1 << 20) + 1536
-
-
-@pytest.fixture
-async def graph() -> AsyncIterator[Graph]:
-    graph = Graph()
-    yield graph
-    await graph.close_all()
-
-
-def in_file(path: Path, **options: Any) -> dict[str, Any]:
-    return {"driver": "qcow2", "file": {"driver": "file", "filename": str(path)}, **options}
 
 
 def backing_file(tmp_path: Path, size: int) -> tuple[Path, bytes]:
@@ -126,7 +113,7 @@ async def test_images_of_qemu_are_read(graph: Graph, tmp_path: Path) -> None:
     qemu_io = require_tool("qemu-io")
     run(qemu_io, "-c", "write -c -P 7 128k 64k", "-c", "write -z 256k 100k", "-c", "write -P 9 700k 3k", middle)
     run(qemu_io, "-c", "write -P 3 65k 3k", "-c", "write -z 512k 8k", "-c", "discard 576k 64k", top)
-    node = await graph.open({"driver": "qcow2", "file": {"driver": "file", "filename": str(top)}, "read-only": "on"})
+    node = await graph.open(in_file(top, **{"read-only": "on"}))
     found = bytearray(node.size)
     await node.path.read(0, memoryview(found), 0)
     assert found == read_by_qemu(top)
@@ -149,6 +136,6 @@ async def test_code_is_never_run_because_an_image_says_so(graph: Graph, tmp_path
     path = made(tmp_path)
     run(require_tool("qemu-img"), "rebase", "-u", "-b", 'json:{"driver": "./evil.py"}', "-F", "qcow2", path)
     with pytest.raises(BlockError, match="can't be named inside an image"):
-        await graph.open({"driver": "qcow2", "file": {"driver": "file", "filename": str(path)}})
+        await graph.open(in_file(path))
     node = await graph.open(in_file(path, backing=None))
     assert set(node.children) == {"file"}

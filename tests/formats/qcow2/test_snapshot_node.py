@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,21 +12,10 @@ from pynbd.block.backend import BlockBackend
 from pynbd.block.errors import BlockError, OptionError
 from pynbd.block.graph import Graph
 from pynbd.block.node import Node
-from tests.formats.qcow2.workload import Workload, is_sound, made, read_by_qemu
+from tests.formats.qcow2.workload import Workload, in_file, is_sound, made, read_by_qemu
 from tests.peers import CommandError, pynbd_serve, qemu_nbd, require_tool, run
 
 SIZE = (1 << 20) + 1536
-
-
-@pytest.fixture
-async def graph() -> AsyncIterator[Graph]:
-    graph = Graph()
-    yield graph
-    await graph.close_all()
-
-
-def in_file(path: Path, **options: Any) -> dict[str, Any]:
-    return {"driver": "qcow2", "file": {"driver": "file", "filename": str(path)}, **options}
 
 
 async def shown(graph: Graph, live: Node, **options: str) -> BlockBackend:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
-from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,7 +12,16 @@ from pynbd.block.errors import BlockError, ImageError
 from pynbd.block.families import Snapshots, VmStates
 from pynbd.block.graph import Graph
 from pynbd.formats.qcow2 import layout
-from tests.formats.qcow2.workload import OPTIONS, Workload, is_sound, made, read_by_qemu
+from tests.formats.qcow2.workload import (
+    OPTIONS,
+    Workload,
+    in_file,
+    is_sound,
+    made,
+    read_by_qemu,
+    size_for,
+    snapshot_by_qemu,
+)
 from tests.peers import require_tool, run
 from tests.restless import RESTLESS, restless
 
@@ -23,30 +30,6 @@ SHARING = [options.replace(",refcount_bits=2", "") for options in OPTIONS if "bi
 """Images whose clusters can be shared by many."""
 
 SMALL = [options for options in SHARING if "2M" not in options]
-
-
-@pytest.fixture
-async def graph() -> AsyncIterator[Graph]:
-    graph = Graph()
-    yield graph
-    await graph.close_all()
-
-
-def in_file(path: Path, **options: Any) -> dict[str, Any]:
-    return {"driver": "qcow2", "file": {"driver": "file", "filename": str(path)}, **options}
-
-
-def size_for(options: str) -> int:
-    return 8 << 20 if "2M" in options else SIZE
-
-
-def snapshot_by_qemu(path: Path, name: str) -> bytes:
-    """What QEMU finds in a snapshot."""
-    raw = path.with_suffix(".snapshot")
-    run(require_tool("qemu-img"), "convert", "-l", f"snapshot.name={name}", "-O", "raw", path, raw)
-    data = raw.read_bytes()
-    raw.unlink()
-    return data
 
 
 def names_by_qemu(path: Path) -> list[str]:
@@ -99,7 +82,7 @@ class Kept:
 
 @pytest.mark.parametrize("options", SHARING)
 async def test_snapshots_that_qemu_opens_applies_and_deletes(graph: Graph, tmp_path: Path, options: str) -> None:
-    size = size_for(options)
+    size = size_for(options, SIZE)
     path = made(tmp_path, options, size)
     kept = Kept(await Workload.opened(graph, in_file(path), bytes(size), seed=len(options)))
     assert isinstance(kept.work.driver, Snapshots)
@@ -134,7 +117,7 @@ async def test_snapshots_that_qemu_opens_applies_and_deletes(graph: Graph, tmp_p
 
 @pytest.mark.parametrize("options", SHARING)
 async def test_snapshots_of_qemu(graph: Graph, tmp_path: Path, options: str) -> None:
-    size = size_for(options)
+    size = size_for(options, SIZE)
     base = tmp_path / "base.raw"
     base.write_bytes(random.Random(1).randbytes(size // 512 * 512 - 1024))
     path = made(tmp_path, options, size, None if "preallocation" in options else base)
@@ -165,7 +148,7 @@ async def test_snapshots_of_qemu(graph: Graph, tmp_path: Path, options: str) -> 
 @pytest.mark.parametrize("options", SMALL)
 async def test_random_work_with_snapshots(graph: Graph, tmp_path: Path, options: str) -> None:
     """Over storage that lets others run in the middle of everything, with a cache that is too small."""
-    size = size_for(options)
+    size = size_for(options, SIZE)
     path = made(tmp_path, options, size)
     storage = await graph.open({"driver": RESTLESS, "size": 0, "seed": 5, "suspends": 0.3, "node-name": "storage"})
     restless(storage).data[:] = path.read_bytes()
@@ -353,7 +336,7 @@ async def test_bitmaps_hear_of_another_content(graph: Graph, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("options", SMALL)
 async def test_the_state_of_a_machine(graph: Graph, tmp_path: Path, options: str) -> None:
-    size = size_for(options)
+    size = size_for(options, SIZE)
     base = tmp_path / "base.raw"
     base.write_bytes(random.Random(1).randbytes(4 * size))
     path = made(tmp_path, options, size, None if "preallocation" in options else base)

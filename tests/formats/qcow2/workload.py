@@ -46,6 +46,16 @@ def made(tmp_path: Path, options: str = "", size: int = 1 << 20, backing: Path |
     return path
 
 
+def size_for(options: str, size: int) -> int:
+    """That of a disk that has more than one cluster."""
+    return 8 << 20 if "2M" in options else size
+
+
+def in_file(path: Path, **options: Any) -> dict[str, Any]:
+    """How an image in a file is opened."""
+    return {"driver": "qcow2", "file": {"driver": "file", "filename": str(path)}, **options}
+
+
 def is_sound(path: Path, *, leaks: bool = False) -> bool:
     """Whether qemu-img check finds nothing wrong, beside clusters that leak (where they may)."""
     command = (require_tool("qemu-img"), "check", "-q", path)
@@ -62,6 +72,15 @@ def read_by_qemu(path: Path) -> bytes:
     """What QEMU finds on the disk."""
     raw = path.with_suffix(".read")
     run(require_tool("qemu-img"), "convert", "-O", "raw", path, raw)
+    data = raw.read_bytes()
+    raw.unlink()
+    return data
+
+
+def snapshot_by_qemu(path: Path, name: str) -> bytes:
+    """What QEMU finds in a snapshot."""
+    raw = path.with_suffix(".snapshot")
+    run(require_tool("qemu-img"), "convert", "-l", f"snapshot.name={name}", "-O", "raw", path, raw)
     data = raw.read_bytes()
     raw.unlink()
     return data
