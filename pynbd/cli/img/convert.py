@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pynbd.cli.img import arguments as common
 
 if TYPE_CHECKING:
+    from pynbd.block.bitmaps import DirtyBitmap
     from pynbd.block.graph import Graph
     from pynbd.cli.copier import Source
     from pynbd.cli.img.creation import NewImage
@@ -98,6 +99,7 @@ def check(arguments: argparse.Namespace) -> None:
         (arguments.offload and arguments.salvage, "-C and --salvage exclude each other"),
         (arguments.offload and arguments.compressed, "-C and -c exclude each other"),
         (several and arguments.snapshot is not None, "-l: snapshots of several images can't be put together"),
+        (several and arguments.bitmaps, "--bitmaps: those of several images can't be put together"),
         (
             arguments.skip_broken_bitmaps and not arguments.bitmaps,
             "--skip-broken-bitmaps is of use with --bitmaps only",
@@ -125,12 +127,9 @@ def sparse_bytes(arguments: argparse.Namespace) -> int:
 
 @contextlib.asynccontextmanager
 async def _source(graph: Graph, arguments: argparse.Namespace, name: str) -> AsyncIterator[Image]:
-    from pynbd.block.errors import OptionError
     from pynbd.block.permissions import Permission
     from pynbd.cli.img.images import open_image
 
-    if arguments.bitmaps:
-        raise OptionError(f"{name}: --bitmaps: persistent bitmaps can't be copied yet")
     async with open_image(
         graph,
         name,
@@ -149,11 +148,14 @@ async def _source(graph: Graph, arguments: argparse.Namespace, name: str) -> Asy
 
 
 async def _convert(graph: Graph, arguments: argparse.Namespace, sources: Sequence[Image], interruption: Any) -> None:
-    from pynbd.cli.img import creation
+    from pynbd.cli.img import bitmap_copies, creation
     from pynbd.cli.img.images import attached, describe, open_node
     from pynbd.cli.img.sources import Concatenation
 
     output = arguments.words[-1]
+    bitmaps: Sequence[DirtyBitmap] = ()
+    if arguments.bitmaps:
+        bitmaps = bitmap_copies.bitmaps_of(sources[0].node, skip_broken=arguments.skip_broken_bitmaps)
     source = Concatenation(sources)
     async with contextlib.AsyncExitStack() as opened:
         if arguments.no_create:
@@ -170,7 +172,10 @@ async def _convert(graph: Graph, arguments: argparse.Namespace, sources: Sequenc
             open_node(graph, tree, writing=True, cache=arguments.cache, discard=discard)
         )
         target = await opened.enter_async_context(attached(graph, node, output, writing=True, cache=arguments.cache))
+        if arguments.bitmaps:
+            bitmap_copies.check_target(node, bitmaps)
         await _copy(arguments, sources, source, target, interruption)
+        await bitmap_copies.copy_bitmaps(graph, bitmaps, node)
 
 
 async def _planned(graph: Graph, arguments: argparse.Namespace, size: int, *, several: bool) -> NewImage:
