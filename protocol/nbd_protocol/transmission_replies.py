@@ -58,12 +58,14 @@ class Replies(abc.ABC):
     Attributes:
         mode: the framing.
         read_header_size: bytes that precede the data of a whole read, see pack_read_header.
+        done_size: bytes of the end of a successful reply, see done.
         can_send_holes: whether parts of a read can be told to be zero without sending them, and whether a read
             can be answered in several chunks at all.
     """
 
     mode: ClassVar[ReplyMode]
     read_header_size: ClassVar[int]
+    done_size: ClassVar[int]
     can_send_holes: ClassVar[bool]
 
     @abc.abstractmethod
@@ -106,6 +108,17 @@ class Replies(abc.ABC):
         """Give the end of a successful reply, or all of one that has no payload."""
 
     @abc.abstractmethod
+    def pack_done(self, buffer: bytearray | memoryview, position: int, cookie: int, offset: int) -> None:
+        """Write what done() gives: done_size bytes at `position`.
+
+        Args:
+            buffer: writable, with room for it.
+            position: where in it, in bytes.
+            cookie: of the request.
+            offset: of the request, in bytes.
+        """
+
+    @abc.abstractmethod
     def error(self, request: Request, errno: Errno, text: str = "", offset: int | None = None) -> bytes:
         """Give the end of a failed reply.
 
@@ -143,6 +156,7 @@ class SimpleReplies(Replies):
 
     mode = ReplyMode.SIMPLE
     read_header_size = SIMPLE_REPLY_CODEC.size
+    done_size = SIMPLE_REPLY_CODEC.size
     can_send_holes = False
 
     _pack = SIMPLE_REPLY_CODEC.struct.pack
@@ -173,6 +187,10 @@ class SimpleReplies(Replies):
     def done(self, request: Request) -> bytes:
         """See Replies."""
         return self._pack(self._magic, 0, request.cookie)
+
+    def pack_done(self, buffer: bytearray | memoryview, position: int, cookie: int, offset: int) -> None:
+        """See Replies."""
+        self._pack_into(buffer, position, self._magic, 0, cookie)
 
     def error(self, request: Request, errno: Errno, text: str = "", offset: int | None = None) -> bytes:
         """See Replies."""
@@ -219,8 +237,10 @@ class StructuredReplies(_ChunkedReplies):
 
     mode = ReplyMode.STRUCTURED
     read_header_size = STRUCTURED_DATA_CODEC.size
+    done_size = STRUCTURED_CHUNK_CODEC.size
 
     _pack_chunk = STRUCTURED_CHUNK_CODEC.struct.pack
+    _pack_chunk_into = STRUCTURED_CHUNK_CODEC.struct.pack_into
     _pack_data = STRUCTURED_DATA_CODEC.struct.pack
     _pack_into = STRUCTURED_DATA_CODEC.struct.pack_into
     _magic: int = STRUCTURED_DATA_CODEC.constants[0]
@@ -236,6 +256,10 @@ class StructuredReplies(_ChunkedReplies):
     def _chunk(self, request: Request, chunk_type: int, length: int, *, done: bool) -> bytes:
         flags = _DONE if done else 0
         return self._pack_chunk(self._magic, flags, chunk_type, request.cookie, length)
+
+    def pack_done(self, buffer: bytearray | memoryview, position: int, cookie: int, offset: int) -> None:
+        """See Replies."""
+        self._pack_chunk_into(buffer, position, self._magic, _DONE, _NONE, cookie, 0)
 
     def read_data(self, request: Request, offset: int, length: int, *, done: bool) -> bytes:
         """See Replies."""
@@ -255,8 +279,10 @@ class ExtendedReplies(_ChunkedReplies):
 
     mode = ReplyMode.EXTENDED
     read_header_size = EXTENDED_DATA_CODEC.size
+    done_size = EXTENDED_CHUNK_CODEC.size
 
     _pack_chunk = EXTENDED_CHUNK_CODEC.struct.pack
+    _pack_chunk_into = EXTENDED_CHUNK_CODEC.struct.pack_into
     _pack_data = EXTENDED_DATA_CODEC.struct.pack
     _pack_into = EXTENDED_DATA_CODEC.struct.pack_into
     _magic: int = EXTENDED_DATA_CODEC.constants[0]
@@ -273,6 +299,10 @@ class ExtendedReplies(_ChunkedReplies):
     def _chunk(self, request: Request, chunk_type: int, length: int, *, done: bool) -> bytes:
         flags = _DONE if done else 0
         return self._pack_chunk(self._magic, flags, chunk_type, request.cookie, request.offset, length)
+
+    def pack_done(self, buffer: bytearray | memoryview, position: int, cookie: int, offset: int) -> None:
+        """See Replies."""
+        self._pack_chunk_into(buffer, position, self._magic, _DONE, _NONE, cookie, offset, 0)
 
     def read_data(self, request: Request, offset: int, length: int, *, done: bool) -> bytes:
         """See Replies."""

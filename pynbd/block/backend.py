@@ -16,7 +16,7 @@ from pynbd.block.child import Child
 from pynbd.block.driver import Location, Preallocation
 from pynbd.block.errors import io_error
 from pynbd.block.extents import ChainExtent, Status
-from pynbd.block.node import Node, nowhere
+from pynbd.block.node import Node, not_now, nowhere
 from pynbd.block.permissions import ChildRole, Permission
 from pynbd.block.requests import RequestFlag
 from pynbd.block.statistics import Operation, Statistics
@@ -50,6 +50,16 @@ class IoStatus(Enum):
     NOSPACE = "nospace"
 
 
+def writer_in_place(edge: Child) -> Callable[[int, memoryview], bool]:
+    """`write_now` through an edge, within its permissions and the disk's size."""
+    driver, write_now = edge.node.driver, edge.write_now
+
+    def write(offset: int, data: memoryview) -> bool:
+        return offset + len(data) <= driver.size and edge.may_write and write_now(offset, data)
+
+    return not_now if write_now is not_now else write
+
+
 class BlockBackend:
     """One user of a node.
 
@@ -79,6 +89,13 @@ class BlockBackend:
         self.on_error: list[Callable[[OSError, Operation, ErrorPolicy], None]] = []
         self.locate: Callable[[int, int], Location | None] = nowhere
         """See `Driver.locate`; says "nowhere" while the graph is drained or the backend is stopped."""
+        self.write_now: Callable[[int, memoryview], bool] = not_now
+        """Put data at an offset without waiting, if that can be done in place; see `Driver.write_now`.
+
+        Such writes are counted by whoever makes them, many at a time, who also flushes where they have to be durable
+        (without `write_cache` all of them have to). 0 requests are in flight meanwhile: nothing else runs before this
+        returns.
+        """
         self._ready = False
         self._drains = 0
         self._stopped = False
@@ -163,7 +180,9 @@ class BlockBackend:
     def _bind(self) -> None:
         root = self.root
         self._ready = root is not None and not (self._drains or self._stopped or self._shut_down)
-        self.locate = root.locate if self._ready and root is not None else nowhere
+        self.locate, self.write_now = nowhere, not_now
+        if self._ready and root is not None:
+            self.locate, self.write_now = root.locate, writer_in_place(root)
 
     def _wake(self) -> None:
         self._bind()
@@ -356,20 +375,6 @@ class BlockBackend:
                 self._idle.set()
         if policy is ErrorPolicy.STOP:
             await self._write_slowly(offset, data, flags)
-
-    def write_now(self, offset: int, data: memoryview) -> bool:
-        """Put `data` at `offset` without waiting, if that can be done in place; see `Driver.write_now`.
-
-        Such writes are counted by whoever makes them, many at a time, who also flushes where they have to be durable
-        (without `write_cache` all of them have to). 0 requests are in flight meanwhile: nothing else runs before this
-        returns.
-        """
-        edge = self.root
-        if not self._ready or edge is None or not edge.may_write:
-            return False
-        if offset + len(data) > edge.node.driver.size:
-            return False
-        return edge.write_now(offset, data)
 
     async def _write_slowly(self, offset: int, data: memoryview, flags: int) -> None:
         async def start(edge: Child) -> None:

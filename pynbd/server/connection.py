@@ -24,7 +24,7 @@ import msgspec
 from nbd_protocol.constants import Command, CommandFlag, Errno
 from nbd_protocol.errors import RemoteProtocolError, errno_to_nbd
 from nbd_protocol.negotiation_events import Ready
-from nbd_protocol.transmission import ExportRules, Request, ServerTransmission, replies_for
+from nbd_protocol.transmission import ExportRules, ExtendedReplies, Request, ServerTransmission, replies_for
 from pynbd.block.requests import RequestFlag
 from pynbd.block.statistics import Operation
 from pynbd.server.budget import RESERVE_BYTES, Account
@@ -61,6 +61,9 @@ Where the memory of the process runs short, it is the connection's reserve inste
 PAYLOAD_STEP_BYTES = 1 << 20
 """Memory for a payload is reserved in such steps, as the payload arrives."""
 
+ANSWERS_BYTES = MAX_BATCH_BYTES + 2 * INLINE_READ_BYTES
+"""Answers of one batch with the data of reads; the others need a few bytes each, for which there is room beside."""
+
 # Plain integers: what an IntFlag costs in an expression is more than the rest of a small request.
 READ = int(Command.READ)
 WRITE = int(Command.WRITE)
@@ -76,7 +79,7 @@ class Scratch:
     def __init__(self) -> None:
         self.buffers = BufferPool()
         self.received = memoryview(bytearray(RECEIVE_BYTES + (128 << 10)))
-        self.answers = bytearray(MAX_BATCH_BYTES + 2 * INLINE_READ_BYTES)
+        self.answers = bytearray(ANSWERS_BYTES + MAX_BATCH_REQUESTS * ExtendedReplies.done_size)
         self.answers_view = memoryview(self.answers)
 
 
@@ -412,12 +415,12 @@ class Connection:
     def _serve_batch(self, requests: Sequence[Request]) -> None:
         refusal, replies, scratch = self.rules.refusal, self._replies, self._scratch
         pack, header = replies.pack_read_header, replies.read_header_size
+        pack_done, done_size = replies.pack_done, replies.done_size
         answers, view = scratch.answers, scratch.answers_view
         locate, preadv, write_now = self.backend.locate, os.preadv, self.backend.write_now
         write_through = not self.backend.write_cache
         may_flush = self.in_flight + MAX_BATCH_REQUESTS < MAX_REQUESTS_IN_FLIGHT
         durable: list[Request] = []
-        end_of_answers = len(answers)
         position = count = total = written = total_written = begun = 0
         started = perf_counter_ns()
         for index, request in enumerate(requests):
@@ -431,7 +434,7 @@ class Connection:
                 data = position + header
                 end = data + length
                 if located is not None and located[2] == length:
-                    if end > end_of_answers:
+                    if end > ANSWERS_BYTES:
                         self._put_aside(requests[index:])
                         self._continue_soon()
                         break
@@ -455,7 +458,8 @@ class Connection:
                 if request.flags & COMMAND_FUA or write_through:
                     durable.append(request)
                 else:
-                    self._out.append(replies.done(request))
+                    pack_done(answers, position, request.cookie, request.offset)
+                    position += done_size
                 written += 1
                 total_written += length
                 continue
@@ -476,6 +480,7 @@ class Connection:
             self.backend.statistics.account(Operation.WRITE, written, total_written, perf_counter_ns() - started)
         if count:
             self.backend.statistics.account(Operation.READ, count, total, perf_counter_ns() - started)
+        if position:
             try:
                 self.wire.send_borrowed(view[:position])
             except OSError as problem:

@@ -81,6 +81,14 @@ def test_a_read_of_nothing_is_answered_without_data(mode: ReplyMode) -> None:
     assert replies_for(mode).done(empty)
 
 
+@pytest.mark.parametrize("mode", ReplyMode)
+def test_a_successful_end_among_other_answers(mode: ReplyMode) -> None:
+    replies = replies_for(mode)
+    buffer = bytearray(b"\xaa" * (3 + replies.done_size + 3))
+    replies.pack_done(buffer, 3, READ.cookie, READ.offset)
+    assert bytes(buffer) == b"\xaa" * 3 + replies.done(READ) + b"\xaa" * 3
+
+
 @pytest.mark.parametrize("mode", CHUNKED)
 def test_conformance_13_a_read_in_chunks_has_done_on_the_last_only(mode: ReplyMode) -> None:
     replies = replies_for(mode)
