@@ -25,16 +25,34 @@ PROGRAMS = {
     "resize2fs": "e2fsprogs",
     "fstrim": "util-linux",
     "blkid": "util-linux",
+    "blkdiscard": "util-linux",
+    "sfdisk": "fdisk",
+    "mkfs.xfs": "xfsprogs",
+    "xfs_repair": "xfsprogs",
+    "mkfs.btrfs": "btrfs-progs",
+    "btrfs": "btrfs-progs",
 }
 """Copied to the guest's /usr/sbin with the libraries they load, and each one's package; all else there is busybox."""
 
-MODULES_AT_BOOT = ("virtio_pci", "virtio_net", "virtio_blk", "crc32c_generic")
+MODULES_AT_BOOT = ("virtio_pci", "virtio_net", "virtio_blk", "virtio_scsi", "sd_mod", "crc32c_generic")
 """ext4 asks for crc32c by a soft dependency that modules.dep does not have."""
 
-MODULES = ("nbd", "ext4")
+MODULES = ("nbd", "ext4", "xfs", "btrfs")
 """In the guest for `modprobe`; the kernel loads a filesystem by itself when it is mounted."""
 
 COPIED_FILES = ("/etc/mke2fs.conf",)
+
+PYTHON = Path("/usr/bin/python3")
+"""Debian's, whose paths are the same in the guest."""
+
+SCRIPT = Path(__file__).parents[2] / "docs" / "examples" / "nbd_set_size.py"
+"""A script of the documentation, for users; it is in the guest's PATH."""
+
+SCRIPT_NEEDS = "import encodings.ascii, encodings.latin_1, os, runpy, site, socket, struct, sys"
+
+LIST_MODULES = (
+    f"{SCRIPT_NEEDS}; print(*(m.__file__ for m in sys.modules.values() if hasattr(m, '__file__')), sep='\\n')"
+)
 
 LIBRARY = re.compile(r"^\s*(?:\S+ => )?(/\S+) \(0x[0-9a-f]+\)$", re.MULTILINE)
 """A line of ldd's answer: `libz.so.1 => /lib/libz.so.1 (0x…)`, or the dynamic loader alone."""
@@ -51,6 +69,7 @@ def build_initramfs(kernel: Kernel, destination: Path) -> Path:
         _make_skeleton(root)
         for name, package in PROGRAMS.items():
             _copy_program(Path(require_tool(name, package=package)), root)
+        _copy_python(root)
         _copy_modules(kernel, root)
         _pack(root, destination)
     return destination
@@ -77,6 +96,29 @@ def _make_skeleton(root: Path) -> None:
 
 def _copy_program(path: Path, root: Path) -> None:
     shutil.copy(path, root / "usr" / "sbin" / path.name)
+    _copy_libraries(path, root)
+
+
+def _copy_python(root: Path) -> None:
+    """Python with as much of its library as the script takes, compiled, for the guest's processor is a slow one."""
+    python = require_tool(str(PYTHON), package="python3")
+    _copy_program(Path(python), root)
+    for name in run(python, "-I", "-S", "-c", LIST_MODULES).split():
+        source = Path(name)
+        target = root / name.lstrip("/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
+        if source.suffix != ".py":
+            _copy_libraries(source, root)
+    for library in (root / "usr" / "lib").glob("python3*"):
+        (library / "lib-dynload").mkdir(exist_ok=True)  # Python complains of a missing one
+    run(python, "-m", "compileall", "-q", "-b", root / "usr" / "lib")
+    for source in (root / "usr" / "lib").rglob("*.py"):
+        source.unlink()
+    shutil.copy(SCRIPT, root / "usr" / "sbin" / SCRIPT.name)
+
+
+def _copy_libraries(path: Path, root: Path) -> None:
     for library in LIBRARY.findall(run("ldd", path)):
         target = root / library.lstrip("/")
         if not target.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import signal
 import socket
 import subprocess
@@ -29,18 +30,25 @@ class ServerError(Exception):
 class ServerUnderTest:
     """A running `pynbd serve` of one disk; a context manager.
 
-    `disk` is served as the export `export_name`; `options` are further options of `pynbd serve`. Leaving the context
+    `disk` is served as the export `export_name`, unless the words behind the options say what is served; `options` are
+    further options of `pynbd serve`. Leaving the context
     stops the server as a user would (SIGTERM) and raises `ServerError` when it does not end with status 0 then, unless
     another error is on its way.
     """
 
     def __init__(
-        self, disk: Path, log_path: Path, export_name: str = "disk", options: Sequence[str] = ("--discard", "unmap")
+        self,
+        disk: Path,
+        log_path: Path,
+        export_name: str = "disk",
+        options: Sequence[str] = ("--discard", "unmap"),
+        words: Sequence[str] = (),
     ) -> None:
         self.disk = disk
         self.export_name = export_name
         self.port = free_port()
         self.options = tuple(options)
+        self.words = tuple(words) or ("-x", export_name, str(disk))
         self._log_path = log_path
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -58,8 +66,14 @@ class ServerUnderTest:
         """The server's command line."""
         return [
             *(sys.executable, "-m", "pynbd", "serve", *self.options),
-            *("-b", ADDRESS, "-p", str(self.port), "-x", self.export_name, str(self.disk)),
+            *("-b", ADDRESS, "-p", str(self.port), *self.words),
         ]
+
+    def other_export(self, name: str) -> ServerUnderTest:
+        """The same running server, seen as that of another of its exports; not to be started or stopped."""
+        other = copy.copy(self)
+        other.export_name = name
+        return other
 
     def start(self) -> None:
         """Start the server and return when it takes connections; after `stop` or `kill`, on the same port again."""

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.attach.conftest import DISK_BYTES, GuestOfModule
-from tests.attach.filesystem_scenario import KeptFile, check_image, live_through_ext4
+from tests.attach.conftest import DISK_BYTES
+from tests.attach.filesystem_scenario import KeptFile, check_image, live_through
 from tests.attach.guest import HOST_ADDRESS, Guest
 from tests.attach.server import ServerUnderTest
 from tests.formats.qcow2.workload import is_sound
@@ -57,11 +57,9 @@ def as_raw(image: Path) -> Path:
     return raw
 
 
-def test_nothing_is_lost_when_the_server_is_killed(guest_of_module: GuestOfModule, server: ServerUnderTest) -> None:
-    guest = guest_of_module.booted()
-    guest.run("modprobe nbd nbds_max=2")
+def test_nothing_is_lost_when_the_server_is_killed(guest: Guest, server: ServerUnderTest) -> None:
     attach(guest, server)
-    kept = live_through_ext4(guest, "/dev/nbd0", server.disk)
+    kept = live_through(guest, "/dev/nbd0", server.disk)
     detach(guest)
     server.stop()
     assert is_sound(server.disk)
@@ -71,7 +69,7 @@ def test_nothing_is_lost_when_the_server_is_killed(guest_of_module: GuestOfModul
     guest.run(UNDER_LOAD)
     synced = guest.run("cut -c 1-64 /tmp/synced.sum").strip()
     server.kill()
-    guest_of_module.close()  # what it still had to write went with its machine
+    guest.close()  # what it still had to write went with its machine
     server.start()
     after = server.disk.with_suffix(".raw")
     run(require_tool("qemu-img"), "convert", "-f", "raw", "-O", "raw", server.uri, after)
