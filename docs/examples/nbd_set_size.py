@@ -3,7 +3,7 @@
 
     nbd_set_size.py /dev/nbd0 2147483648
 
-The command NBD_CMD_RECONFIGURE of the netlink family "nbd" (linux/nbd-netlink.h), which nbd-client 3.24 has no option for.
+Sends NBD_CMD_RECONFIGURE of the netlink family "nbd" (linux/nbd-netlink.h), for which nbd-client 3.24 has no option.
 Needs root, Linux 4.12 or later, and nothing but Python's standard library.
 """
 

@@ -1,4 +1,4 @@
-"""What the scenarios share: a kernel, an initramfs and a guest booted and saved per run; a server and a guest per test."""
+"""What the scenarios share: a kernel, an initramfs and a saved guest per run; a server and a guest per test."""
 
 from __future__ import annotations
 

@@ -47,5 +47,5 @@ def check_xfs(disk: Path) -> None:
 
 
 def check_btrfs(disk: Path) -> None:
-    """Raise CommandError unless `btrfs check` finds nothing to complain of, data included, in the image or device `disk`."""
+    """Raise CommandError unless `btrfs check` finds nothing amiss in the image or device `disk`, data included."""
     run(require_tool("btrfs", package="btrfs-progs"), "check", "--check-data-csum", disk)

@@ -11,7 +11,7 @@ from tests.attach.disks import check_btrfs, check_ext4, check_xfs
 
 @dataclass(frozen=True, slots=True)
 class Filesystem:
-    """`make` and `check` are shell commands in the guest, to which the device is added; `check_image` is for this machine."""
+    """`make` and `check` are commands in the guest, to which the device is added; `check_image` is for this machine."""
 
     kind: str
     package: str

@@ -77,9 +77,10 @@ class Transcript(io.StringIO):
 class Guest:
     """One running guest: a shell on the first serial port, the kernel's messages on the second, QEMU's monitor.
 
-    `options` are further options of QEMU. A guest that is `arriving` does not boot: it waits for the state of another one,
-    which must have been started with the same options, by `restore` or by the other's `move_to`. Console, kernel log and
-    QEMU's messages are kept in `run_dir`. Used as a context manager; leaving it ends QEMU whatever state the guest is in.
+    `options` are further options of QEMU. A guest that is `arriving` does not boot: it waits for the state of another
+    one, which must have been started with the same options, by `restore` or by the other's `move_to`. Console, kernel
+    log and QEMU's messages are kept in `run_dir`. Used as a context manager; leaving it ends QEMU whatever state the
+    guest is in.
     """
 
     def __init__(

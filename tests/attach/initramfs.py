@@ -25,7 +25,6 @@ PROGRAMS = {
     "resize2fs": "e2fsprogs",
     "fstrim": "util-linux",
     "blkid": "util-linux",
-    "blkdiscard": "util-linux",
     "sfdisk": "fdisk",
     "mkfs.xfs": "xfsprogs",
     "xfs_repair": "xfsprogs",

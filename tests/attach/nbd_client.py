@@ -21,7 +21,7 @@ def attach_command(server: ServerUnderTest, options: str = "", device: str = DEV
 def attach(guest: Guest, server: ServerUnderTest, options: str = "", device: str = DEVICE) -> None:
     """Attach the server's export to `device` of the guest, and wait until it has its size.
 
-    By ioctl (`-L`) the kernel learns of it from a child that nbd-client leaves behind, some time after nbd-client itself.
+    By ioctl (`-L`) the kernel learns of it from a child that nbd-client leaves behind, some time after it has ended.
     """
     size = f"/sys/block/{device.removeprefix('/dev/')}/size"
     guest.run(f"{attach_command(server, options, device)} && until test $(cat {size}) != 0; do :; done")

@@ -1,4 +1,4 @@
-"""The real nbd-client in a real kernel: all the ways to attach an export to /dev/nbd0 of a Debian guest, and to let go."""
+"""The real nbd-client in a real kernel: all the ways to attach an export to a Debian guest, and to let go."""
 
 from __future__ import annotations
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.attach.disks import allocated_bytes, check_ext4, check_xfs, sparse_disk
+from tests.attach.disks import allocated_bytes, sparse_disk
+from tests.attach.filesystems import FILESYSTEMS, Filesystem
 from tests.attach.nbdfuse import loop_device, mounted, nbdfuse_file, why_no_nbdfuse_stack
 from tests.peers import pynbd_serve, require_tool, run
 
 DISK_BYTES = 512 << 20
 """mkfs.xfs makes nothing below 300 MiB."""
 DELETED_BYTES = 32 << 20
-
-CHECKS: dict[str, Callable[[Path], None]] = {"ext4": check_ext4, "xfs": check_xfs}
-PACKAGES = {"ext4": "e2fsprogs", "xfs": "xfsprogs"}
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -34,9 +31,9 @@ def verify_with_fio(folder: Path) -> None:
 
 # xfs gives the blocks of a deleted file back some time later, and at the latest when it is unmounted: fstrim has a
 # mount of its own.
-@pytest.mark.parametrize("kind", ["ext4", "xfs"])
-def test_filesystem_of_this_kernel_over_nbdfuse(kind: str, tmp_path: Path) -> None:
-    reason = why_no_nbdfuse_stack(kind)
+@pytest.mark.parametrize("filesystem", FILESYSTEMS, ids=lambda filesystem: filesystem.kind)
+def test_filesystem_of_this_kernel_over_nbdfuse(filesystem: Filesystem, tmp_path: Path) -> None:
+    reason = why_no_nbdfuse_stack(filesystem.kind)
     if reason is not None:
         pytest.skip(reason)
     image = sparse_disk(tmp_path / "disk.raw", DISK_BYTES)
@@ -46,7 +43,7 @@ def test_filesystem_of_this_kernel_over_nbdfuse(kind: str, tmp_path: Path) -> No
         nbdfuse_file(server.uri(), DISK_BYTES, tmp_path / "fuse") as file,
         loop_device(file) as device,
     ):
-        run(require_tool(f"mkfs.{kind}", package=PACKAGES[kind]), "-q", device)
+        run(require_tool(f"mkfs.{filesystem.kind}", package=filesystem.package), "-q", device)
         with mounted(device, tmp_path / "mnt") as folder:
             (folder / "kept").write_bytes(kept)
             (folder / "deleted").write_bytes(os.urandom(DELETED_BYTES))
@@ -59,5 +56,5 @@ def test_filesystem_of_this_kernel_over_nbdfuse(kind: str, tmp_path: Path) -> No
             freed_bytes = before_bytes - allocated_bytes(image)
             assert freed_bytes >= DELETED_BYTES * 9 // 10, "fstrim did not reach the image"
             assert (folder / "kept").read_bytes() == kept
-        CHECKS[kind](device)
-    CHECKS[kind](image)
+        filesystem.check_image(device)
+    filesystem.check_image(image)

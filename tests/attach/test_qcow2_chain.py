@@ -1,4 +1,4 @@
-"""A guest's disk in a chain of qcow2 images: a filesystem, a snapshot, and a server that is killed under load."""
+"""A guest's disk in a chain of qcow2 images under filters: a filesystem, a snapshot, a server killed under load."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 MOUNT_POINT = "/mnt/chain"
 
+FILTERS = ("blkdebug", "delay,write=1ms", "nofilter")
+OPTIONS = ("-f", "qcow2", "--discard", "unmap", *(word for name in FILTERS for word in ("--filter", name)))
+
 UNDER_LOAD = f"""
 mkdir -p {MOUNT_POINT} && mount -t ext4 /dev/nbd0 {MOUNT_POINT} && cd {MOUNT_POINT} &&
-head -c 5000000 /dev/urandom >synced && sync && sha256sum synced >/tmp/synced.sum && cd / &&
+head -c 2000000 /dev/urandom >synced && sync && sha256sum synced >/tmp/synced.sum && cd / &&
 (while head -c 300000 /dev/urandom >{MOUNT_POINT}/load 2>/dev/null && sync; do :; done) >/dev/null 2>&1 &
 while ! test -s {MOUNT_POINT}/load; do :; done
 """
@@ -30,14 +33,14 @@ while ! test -s {MOUNT_POINT}/load; do :; done
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[ServerUnderTest]:
-    """`pynbd serve` of the top of three images, the lowest of which holds random data."""
+    """`pynbd serve` of the top of three images, the lowest of which holds data, below three filters."""
     qemu_img = require_tool("qemu-img")
     base, middle, top = (tmp_path / f"{name}.qcow2" for name in ("base", "middle", "top"))
     run(qemu_img, "create", "-q", "-f", "qcow2", base, str(DISK_BYTES))
     run(require_tool("qemu-io"), "-c", "write -P 90 0 16M", base)
     run(qemu_img, "create", "-q", "-f", "qcow2", "-o", "extended_l2=on", "-b", base, "-F", "qcow2", middle)
     run(qemu_img, "create", "-q", "-f", "qcow2", "-b", middle, "-F", "qcow2", top)
-    with ServerUnderTest(top, tmp_path / "server.log", options=("-f", "qcow2", "--discard", "unmap")) as running:
+    with ServerUnderTest(top, tmp_path / "server.log", options=OPTIONS) as running:
         yield running
 
 
