@@ -40,8 +40,8 @@ types: $(VENV)/.installed-dev ## mypy --strict
 pytest: $(VENV)/.installed-dev packages ## all tests; PYTEST_ARGS="-m 'not slow' tests/block" chooses
 	$(python) -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
-attach: $(VENV)/.installed-dev packages ## only the tests that boot a kernel and attach to it
-	$(python) -m pytest tests/attach $(PYTEST_ARGS)
+attach: $(VENV)/.installed-dev packages ## shows a kernel that attaches: SCENARIO=part of a name, or list, or shell [DISK=file]
+	@$(python) -m tests.attach $(if $(SCENARIO),"$(SCENARIO)") $(if $(DISK),--disk "$(DISK)") $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed-dev packages ## pynbd beside qemu-nbd and nbdkit; BENCH_ARGS="--help" tells what it can
 	$(python) -m tests.benchmarks $(BENCH_ARGS)

@@ -139,6 +139,11 @@ class Guest:
         self.close()
 
     @property
+    def console(self) -> socket.socket:
+        """The guest's first serial port, for a person; not while `run` runs."""
+        return self._console_socket
+
+    @property
     def usable(self) -> bool:
         """Whether the shell answers; False after a time-out or a lost guest."""
         return self._usable and self._qemu.poll() is None

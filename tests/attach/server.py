@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tests.attach.watching import announce
 from tests.peers import free_port
 
 ADDRESS = "127.0.0.1"
@@ -77,6 +78,7 @@ class ServerUnderTest:
 
     def start(self) -> None:
         """Start the server and return when it takes connections; after `stop` or `kill`, on the same port again."""
+        announce(f"host$ pynbd {' '.join(self.command()[3:])}")
         with self._log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL", *self.command()], stdin=subprocess.DEVNULL, stdout=log, stderr=log
@@ -103,6 +105,7 @@ class ServerUnderTest:
     def kill(self) -> None:
         """End the server by SIGKILL, as a crash would; does nothing when it does not run."""
         if self._process is not None:
+            announce("host: the server is killed")
             self._process.kill()
             self._process.wait()
             self._process = None
