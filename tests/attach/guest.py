@@ -66,10 +66,12 @@ class Transcript(io.StringIO):
     def __init__(self, shown_to: TextIO | None) -> None:
         super().__init__()
         self._shown_to = shown_to
+        self._begun = ""
 
     def write(self, text: str) -> int:
         if self._shown_to is not None:
-            self._shown_to.write(PLUMBING.sub("", text.replace("\r\n", "\n")))
+            whole, newline, self._begun = (self._begun + text).rpartition("\n")
+            self._shown_to.write(PLUMBING.sub("", (whole + newline).replace("\r\n", "\n")))
             self._shown_to.flush()
         return super().write(text)
 

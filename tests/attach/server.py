@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.attach.watching import announce
+from tests.attach.watching import announce, watcher
 from tests.peers import free_port
 
 ADDRESS = "127.0.0.1"
@@ -126,7 +126,8 @@ class ServerUnderTest:
                 self.stop()
         finally:
             self.kill()
-            print(f"--- {' '.join(self.command())} ---\n{self.log()}")  # noqa: T201 - pytest shows it beside a failure
+            if watcher() is None:
+                print(f"--- {' '.join(self.command())} ---\n{self.log()}")  # noqa: T201 - pytest shows it beside a failure
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None:
