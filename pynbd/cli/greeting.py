@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 from nbd_protocol.uri import NbdUri
 from pynbd.block.node import Node
+from pynbd.server.activation import EVERY_ADDRESS
 from pynbd.server.config import Config, ExportOptions, parse_address
 from pynbd.server.export import Export
-from pynbd.server.service import EVERY_ADDRESS, Service
+from pynbd.server.service import Service
 
 CLIENT_FILES = (("cacert", "ca-cert"), ("cert", "client-cert"), ("key", "client-key"))
 """nbd-client's options for certificates, and QEMU's names of the files."""

@@ -163,6 +163,12 @@ def _add_listen_arguments(group: Group) -> None:
         "-k", "--socket", action="append", default=[], metavar="PATH", help="Unix socket to listen on (repeatable)"
     )
     group.add_argument(
+        "--single",
+        "--inetd",
+        action="store_true",
+        help="serve the one client that the standard input and output are, and nobody else",
+    )
+    group.add_argument(
         "-e",
         "--shared",
         type=number(0, 1_000_000, "number of clients"),

@@ -143,7 +143,7 @@ class NbdServer:
                 if family == socket.AF_INET6:
                     sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 sock.bind(address if port or not bound else (address[0], bound[0][1], *address[2:]))
-                self._listen(sock)
+                self.listen_on(sock)
             except OSError as problem:
                 sock.close()
                 raise OSError(problem.errno, f"can't listen on {host or '*'}:{port}: {problem.strerror}") from problem
@@ -160,13 +160,14 @@ class NbdServer:
         try:
             remove_dead_socket(path)
             sock.bind(path)
-            self._listen(sock)
+            self.listen_on(sock)
         except OSError as problem:
             sock.close()
             raise OSError(problem.errno, f"can't listen on {path}: {problem.strerror or problem}") from problem
         self._unlink.append((Path(path), Path(path).stat().st_ino))
 
-    def _listen(self, sock: socket.socket) -> None:
+    def listen_on(self, sock: socket.socket) -> None:
+        """Listen at a socket that is bound; it is closed with the server."""
         sock.setblocking(False)
         sock.listen(BACKLOG)
         self._listeners.append(sock)
@@ -194,10 +195,20 @@ class NbdServer:
                 self._loop.remove_reader(listener)
                 self._loop.call_later(1.0, self._watch_listeners)
                 return
-            task = self._loop.create_task(self._welcome(sock, peer_name(sock, address)))
-            self._handshakes.add(task)
-            task.add_done_callback(self._handshake_ended)
+            self.receive(sock, address)
         self._watch_listeners()
+
+    def receive(self, sock: socket.socket, address: object) -> None:
+        """Begin with a client that has connected; its socket is closed when it has gone."""
+        task = self._loop.create_task(self._welcome(sock, peer_name(sock, address)))
+        self._handshakes.add(task)
+        task.add_done_callback(self._handshake_ended)
+
+    async def until_idle(self) -> None:
+        """Wait until there is no client, neither one that chooses an export nor one that uses it."""
+        while self.connections or self._handshakes:
+            self._somebody_left.clear()
+            await self._somebody_left.wait()
 
     # --- clients ------------------------------------------------------------------------------------------
 
@@ -233,6 +244,7 @@ class NbdServer:
 
     def _handshake_ended(self, task: "asyncio.Task[None]") -> None:
         self._handshakes.discard(task)
+        self._somebody_left.set()
         self._accept_again()
 
     def _begin(self, peer: str, result: Negotiated) -> None:

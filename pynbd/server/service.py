@@ -5,7 +5,7 @@ import logging
 import os
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from pynbd.block.node import Node
 from pynbd.block.objects import Objects
 from pynbd.block.permissions import Permission
 from pynbd.block.registry import is_python_file
+from pynbd.server.activation import Handed, reachable, uri_at
 from pynbd.server.check import check, filter_tree, snapshot_tree
 from pynbd.server.config import Config, ExportOptions, ListenOptions, parse_address
 from pynbd.server.export import Export, bitmaps_of
@@ -36,9 +37,6 @@ CACHE_OPTIONS: Mapping[str, dict[str, str]] = {
     "unsafe": {"no-flush": "on"},
 }
 """What QEMU's cache modes mean for the nodes."""
-
-EVERY_ADDRESS = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # compared with, not bound to
-"""Addresses that stand for all of this machine's, and how it reaches itself."""
 
 WRITE_THROUGH = ("writethrough", "directsync")
 """Modes in which every write is durable before it is answered."""
@@ -161,6 +159,19 @@ class Service:
             for host, port in bound:
                 self.uris.append(NbdUri("nbds" if secure else "nbd", host=reachable(host), port=port))
 
+    def adopt(self, handed: Sequence[Handed]) -> None:
+        """Serve at sockets that somebody else has opened, and the clients among them; all are ours from now on."""
+        secure = self.server.tls is not None and self.server.tls.policy == "required"
+        for one in handed:
+            if not one.listens:
+                self.server.receive(one.sock, one.sock.getpeername())
+                continue
+            self.server.listen_on(one.sock)
+            uri = uri_at(one.sock, tls=secure)
+            log.info("listens at %s%s", uri or "a socket without a name", f" ({one.name})" if one.name else "")
+            if uri is not None:
+                self.uris.append(uri)
+
     async def close(self, grace_s: float) -> None:
         """Send the clients away, flush, and close the disks.
 
@@ -181,11 +192,14 @@ class Service:
 
 
 @contextlib.asynccontextmanager
-async def open_service(config: Config, *, grace_s: float = 10.0) -> AsyncIterator[Service]:
+async def open_service(
+    config: Config, *, handed: Sequence[Handed] = (), grace_s: float = 10.0
+) -> AsyncIterator[Service]:
     """Open everything that a configuration names, listen, and at the end close it in order.
 
     Args:
         config: what to serve, and where.
+        handed: where to serve besides; these sockets are closed at the end.
         grace_s: how long requests in flight may take at the end.
 
     Raises:
@@ -210,6 +224,7 @@ async def open_service(config: Config, *, grace_s: float = 10.0) -> AsyncIterato
         for name, wanted in config.exports.items():
             await service.add_export(name, wanted)
         await service.listen(config.server)
+        service.adopt(handed)
         yield service
     finally:
         await service.close(grace_s)
@@ -237,8 +252,3 @@ def temporary_file() -> Iterator[str]:
         yield filename
     finally:
         Path(filename).unlink()
-
-
-def reachable(host: str) -> str:
-    """The address by which this machine reaches a listener: that of "every address" is none."""
-    return EVERY_ADDRESS.get(host, host)
