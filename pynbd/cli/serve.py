@@ -74,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_object_argument(disks)
     _add_export_arguments(parser.add_argument_group("exports"))
     _add_listen_arguments(parser.add_argument_group("where"))
+    _add_access_arguments(parser.add_argument_group("who"))
     _add_tls_arguments(parser.add_argument_group("TLS"))
     _add_life_arguments(parser.add_argument_group("life"))
     for names, instead in ELSEWHERE.items():
@@ -175,6 +176,34 @@ def _add_listen_arguments(group: Group) -> None:
         default=0,
         metavar="CLIENTS",
         help="clients at one time; further ones wait (default, and 0: 1024)",
+    )
+
+
+class Rule(argparse.Action):
+    """Keeps rules of access of all kinds in the order in which they are given."""
+
+    def __call__(self, _: object, namespace: argparse.Namespace, text: Any, __: str | None = None) -> None:
+        """Add one; its policy is what the flag stands for."""
+        namespace.access = [*namespace.access, (self.const, text)]
+
+
+def _add_access_arguments(group: Group) -> None:
+    patterns = "10.0.0.0/8, fd00::/8, unix, all, uid=USER, gid=GROUP, name=PATTERN, authz=ID"
+    for flag, policy, meaning in (
+        (
+            "--allow",
+            "allow",
+            f"who may use the DISKs, and nobody else: {patterns} (repeatable; the first that fits decides)",
+        ),
+        ("--allow-read-only", "read-only", "who may read them"),
+        ("--deny", "deny", "who may not see them; where nothing is allowed, all others may use them"),
+    ):
+        group.add_argument(flag, action=Rule, const=policy, dest="access", default=[], metavar="WHO", help=meaning)
+    group.add_argument(
+        "--client-limits",
+        metavar="KEY=VALUE[,…]",
+        help="what one client may take: connections, requests, bytes-in-flight, bytes-per-second, bytes-burst, "
+        "requests-per-second, requests-burst, handshake-timeout, idle-timeout",
     )
 
 

@@ -13,8 +13,18 @@ from nbd_protocol.constants import DEFAULT_PORT
 from pynbd.block import objects, options
 from pynbd.block.errors import OptionError
 from pynbd.server import config as configs
-from pynbd.server.check import check, check_export, check_objects, check_tls
+from pynbd.server.access import AccessRule, rule_from
+from pynbd.server.check import (
+    check,
+    check_all_access,
+    check_export,
+    check_objects,
+    check_tls,
+    export_rule,
+    told_at,
+)
 from pynbd.server.config import Config, ExportOptions, ListenOptions
+from pynbd.server.limits import ClientLimits
 
 OF_A_DISK = {
     "format": "-f",
@@ -31,8 +41,12 @@ OF_A_DISK = {
     "description": "-D",
     "allocation_depth": "-A",
     "bitmap": "-B",
+    "access": "--allow",
 }
 """Arguments that say something of each DISK."""
+
+RULE_FLAGS = {"allow": "--allow", "read-only": "--allow-read-only", "deny": "--deny"}
+"""The flags that give rules of access, by policy."""
 
 FLAGS = {
     "filters": "--filter",
@@ -75,6 +89,9 @@ def configuration(arguments: argparse.Namespace, at_end: contextlib.ExitStack) -
         config.server,
         listen=listen_addresses(arguments, config, at_end),
         max_clients=arguments.shared or config.server.max_clients,
+        client_limits=client_limits(arguments.client_limits)
+        if arguments.client_limits
+        else config.server.client_limits,
     )
     made = (*config.objects, *(objects.parse(text) for text in arguments.object))
     config = msgspec.structs.replace(config, server=with_tls(server, arguments), objects=made, exports=exports)
@@ -83,7 +100,40 @@ def configuration(arguments: argparse.Namespace, at_end: contextlib.ExitStack) -
         check_tls(config)
     except OptionError as problem:
         raise OptionError(str(problem).replace("server.tls", "--tls")) from problem
+    named = {name for name, _ in disks}
+    check_all_access(
+        config, lambda name, number: rule_flag(number, arguments) if name in named else export_rule(name, number)
+    )
     return config
+
+
+def rule_flag(number: int, arguments: argparse.Namespace) -> str:
+    """What to put before a message about a rule: the flag that gave it."""
+    policy, text = arguments.access[number]
+    return f"{RULE_FLAGS[policy]} {text}: "
+
+
+def access_rules(arguments: argparse.Namespace) -> tuple[AccessRule, ...]:
+    """The rules that the arguments give, in their order.
+
+    Raises:
+        OptionError: one says something wrong.
+    """
+    rules = []
+    for number, (policy, text) in enumerate(arguments.access):
+        with told_at(rule_flag(number, arguments)):
+            rules.append(rule_from(policy, text))
+    return tuple(rules)
+
+
+def client_limits(text: str) -> ClientLimits:
+    """What a client may take, from `connections=16,bytes-per-second=100M`.
+
+    Raises:
+        OptionError: it says something wrong.
+    """
+    with told_at("--client-limits: "):
+        return options.convert(options.parse_dotted(text), ClientLimits, driver="[server.client-limits]")
 
 
 def with_tls(server: ListenOptions, arguments: argparse.Namespace) -> ListenOptions:
@@ -110,6 +160,8 @@ def check_together(arguments: argparse.Namespace) -> None:
         OptionError: two arguments contradict each other, or one has nothing that it could apply to.
     """
     vain = next((flag for name, flag in OF_A_DISK.items() if getattr(arguments, name)), None)
+    if vain == OF_A_DISK["access"]:
+        vain = RULE_FLAGS[arguments.access[0][0]]
     if vain is not None and arguments.config and not arguments.disk:
         raise OptionError(f"{vain} is said of a DISK on the command line; say it of the export in {arguments.config}")
     if arguments.fork and arguments.run is not None:
@@ -171,6 +223,7 @@ def export_options(disk: str, arguments: argparse.Namespace) -> ExportOptions:
         cache=arguments.cache or ("none" if arguments.nocache else "writeback"),
         discard=arguments.discard or "ignore",
         detect_zeroes=arguments.detect_zeroes or "off",
+        access=access_rules(arguments),
     )
 
 

@@ -45,13 +45,14 @@ class BufferPool:
 class Payload:
     """The payload of a large write that is arriving in a buffer of its own."""
 
-    __slots__ = ("buffer", "filled", "request", "reserved", "whole")
+    __slots__ = ("admitted", "buffer", "filled", "request", "reserved", "whole")
 
     def __init__(self, request: Request, arrived: memoryview) -> None:
         self.request = request
         self.buffer = arrived
         self.filled = len(arrived)
         self.reserved = 0
+        self.admitted = False  # whether it was counted against the client's rates
         self.whole: memoryview | None = None
 
     def make_room(self, buffers: BufferPool) -> None:

@@ -6,8 +6,10 @@ before anything has happened. A driver in a Python file is run, since only it kn
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
+
+import msgspec
 
 from nbd_protocol.constants import MAX_STRING_BYTES
 from pynbd.block import objects, options, registry
@@ -15,7 +17,11 @@ from pynbd.block.bitmaps import DirtyBitmap
 from pynbd.block.driver import Filter
 from pynbd.block.errors import BlockError, OptionError
 from pynbd.block.graph import Graph
+from pynbd.server.access import AccessList, AccessRule
 from pynbd.server.config import Config, ExportOptions, parse_address, toml_key
+
+NOBODY_BY_NAME = "nobody can be told by name: that needs TLS, with tls-verify-peer or tls-psk"
+"""What is wrong with a rule about names that nobody can have."""
 
 NOT_FOR_NODES = ("format", "offset", "cache", "discard", "detect_zeroes")
 """What is said of a node where it is made, not where it is exported."""
@@ -40,6 +46,7 @@ def check(config: Config) -> None:
     check_nodes(config)
     for name, wanted in config.exports.items():
         check_export(name, wanted, config, functools.partial("export.{}.{}: ".format, toml_key(name)))
+    check_all_access(config)
 
 
 @contextlib.contextmanager
@@ -89,6 +96,55 @@ def check_tls(config: Config) -> None:
         if name and not kinds.get(name, "").startswith(prefix):
             near = ", ".join(known for known, kind in kinds.items() if kind.startswith(prefix)) or "none"
             raise OptionError(f"server.{key}: there is no object {name!r} of a kind {prefix}… (there are: {near})")
+
+
+def export_rule(name: str, number: int) -> str:
+    """Where a rule of an export is."""
+    return f"export.{toml_key(name)}.access.{number}: "
+
+
+def check_all_access(config: Config, place: Callable[[str, int], str] = export_rule) -> None:
+    """Check who may connect, and who may use which export.
+
+    Args:
+        config: the whole of it.
+        place: says where a rule of an export was given.
+
+    Raises:
+        OptionError: what is wrong.
+    """
+    check_access(config.server.access, config, "server.access.{}: ".format)
+    for number, rule in enumerate(config.server.access):
+        if rule.wants_name or rule.policy == "read-only":
+            raise OptionError(
+                f"server.access.{number}: before a client has said a word only its address, uid and gid are known, and "
+                "it is allowed or denied; tls-authz judges names, and the access of an export the rest"
+            )
+    for name, wanted in config.exports.items():
+        check_access(wanted.access, config, functools.partial(place, name))
+
+
+def check_access(rules: Sequence[AccessRule], config: Config, place: Callable[[int], str]) -> None:
+    """Check rules of access.
+
+    Args:
+        rules: in their order.
+        config: has the objects that they may refer to.
+        place: says where the rule of a number was given.
+
+    Raises:
+        OptionError: what is wrong.
+    """
+    where, kinds = config.server, {str(tree["id"]): str(tree["qom-type"]) for tree in config.objects}
+    proves_names = where.tls != "off" and (where.tls_creds or where.tls_psk or where.tls_verify_peer)
+    for number, rule in enumerate(rules):
+        with told_at(place(number)):
+            AccessList((msgspec.structs.replace(rule, authz=""),))
+            if rule.wants_name and not proves_names:
+                raise OptionError(NOBODY_BY_NAME)
+            if rule.authz and not kinds.get(rule.authz, "").startswith("authz-"):
+                near = ", ".join(known for known, kind in kinds.items() if kind.startswith("authz-")) or "none"
+                raise OptionError(f"authz: there is no object {rule.authz!r} of a kind authz-… (there are: {near})")
 
 
 def check_nodes(config: Config) -> None:

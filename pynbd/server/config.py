@@ -20,6 +20,10 @@ format = "raw"
 description = "the first disk"
 filters = ["nofilter", { driver = "delay", read = "5ms" }]
 bitmaps = ["backup"]
+
+[[export.disk0.access]]           # the first rule that fits a client decides; whom none fits is denied
+policy = "allow"                  # or read-only, or deny
+address = "10.0.0.0/8"
 """
 
 import os
@@ -33,6 +37,8 @@ import msgspec
 from nbd_protocol.constants import DEFAULT_PORT
 from pynbd.block import options
 from pynbd.block.errors import OptionError
+from pynbd.server.access import AccessRule
+from pynbd.server.limits import NO_LIMITS, ClientLimits
 
 MAX_CONFIG_BYTES = 4 << 20
 """A configuration file larger than this is a mistake."""
@@ -74,6 +80,8 @@ class ListenOptions(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
         tls_psk: a file with a line `USER:KEY` for each client.
         tls_verify_peer: with certificates, whether clients must have a certificate of that authority.
         tls_authz: the object that says which of those clients may come in; all, if there is none.
+        access: who may connect at all, by address or as a user of this machine; see `pynbd.server.access`.
+        client_limits: what one client may take.
     """
 
     listen: tuple[str, ...] = ()
@@ -87,6 +95,8 @@ class ListenOptions(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     tls_psk: str = ""
     tls_verify_peer: options.OnOff = False
     tls_authz: str = ""
+    access: tuple[AccessRule, ...] = ()
+    client_limits: ClientLimits = NO_LIMITS
 
 
 class ExportOptions(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
@@ -108,6 +118,7 @@ class ExportOptions(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
         discard, detect_zeroes: as every node takes them.
         min_block: requests must be multiples of it, in bytes.
         resize: clients may resize the disk (an experimental part of the protocol).
+        access: which clients may use it and which may write; to the others it is not there.
     """
 
     disk: str | dict[str, Any]
@@ -125,6 +136,7 @@ class ExportOptions(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     detect_zeroes: Literal["off", "on", "unmap"] = "off"
     min_block: options.Size = 1
     resize: options.OnOff = False
+    access: tuple[AccessRule, ...] = ()
 
     def __post_init__(self) -> None:
         if self.min_block & (self.min_block - 1) or not 1 <= self.min_block <= MAX_MIN_BLOCK_BYTES:

@@ -15,8 +15,10 @@ The ways of a request:
 
 import logging
 import os
+from asyncio import TimerHandle
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import islice
 from time import perf_counter_ns
 
 import msgspec
@@ -32,6 +34,7 @@ from pynbd.server.buffers import BufferPool, Payload
 from pynbd.server.execution import HOLE_READ_BYTES, Execution, describe
 from pynbd.server.export import Export
 from pynbd.server.inline import InlineStarter
+from pynbd.server.limits import ClientLimits, Pace
 from pynbd.server.wire import Buffer, FileSpan, Item, SpanFile, Wire, has_hole, together
 from pynbd.storage import linux
 
@@ -95,6 +98,9 @@ class Connection:
         peer: the client's name for the log.
         make_wire: gives the wire, told whom to call.
         on_closed: called once, when the last request has ended and everything is released.
+        limits: what one connection may have in flight.
+        pace: how often its client may ask, None: as often as it likes.
+        warn: logs what went wrong, and with whom.
     """
 
     def __init__(
@@ -107,6 +113,9 @@ class Connection:
         peer: str,
         make_wire: "Callable[[Connection], Wire]",
         on_closed: "Callable[[Connection], None]",
+        limits: ClientLimits,
+        pace: Pace | None,
+        warn: Callable[[str], None],
     ) -> None:
         self.export = export
         self.backend = export.backend
@@ -122,7 +131,12 @@ class Connection:
             context_ids=ready.contexts,
         )
         self._replies = replies_for(ready.mode)
-        self._execution = Execution(export, self._replies, ready.contexts, peer)
+        self.warn = warn
+        self._execution = Execution(export, self._replies, ready.contexts, warn)
+        self._pace = pace
+        self._pace_timer: TimerHandle | None = None
+        self._max_requests = min(limits.requests or MAX_REQUESTS_IN_FLIGHT, MAX_REQUESTS_IN_FLIGHT)
+        self._max_bytes = min(limits.bytes_in_flight or MAX_BYTES_IN_FLIGHT, MAX_BYTES_IN_FLIGHT)
         self._framing = ServerTransmission(ready.mode, max_payload=self.rules.max_payload)
         self._starter = starter
         self._scratch = scratch
@@ -198,6 +212,8 @@ class Connection:
             log.info("%s: connection lost: %s", self.peer, problem)
         self._drop_payload()
         self.account.withdraw()
+        if self._pace_timer is not None:
+            self._pace_timer.cancel()
         self._waiting.clear()
         self._tail = b""
         self._more_in_tail = False
@@ -272,7 +288,7 @@ class Connection:
         try:
             batch = self._framing.parse(data, MAX_BATCH_REQUESTS)
         except RemoteProtocolError as problem:
-            log.warning("%s: %s", self.peer, problem)
+            self.warn(str(problem))
             self._lose(None)
             return
         rest = data[batch.consumed :]
@@ -332,9 +348,15 @@ class Connection:
     def _advance_payload(self, payload: Payload) -> None:
         """Reserve memory for more of a payload, or carry out the write if it is complete."""
         length = payload.request.length
-        if not payload.reserved and not self._has_room_for(length):
-            self._block()
-            return
+        if not payload.reserved:
+            if not self._has_room_for(length):
+                self._block()
+                return
+            if self._pace is not None and not payload.admitted:
+                if not self._pace.admit((payload.request,)):
+                    self._wait_for(self._pace)
+                    return
+                payload.admitted = True
         while payload.reserved < length and payload.reserved - payload.filled < PAYLOAD_STEP_BYTES:
             step = min(PAYLOAD_STEP_BYTES, length - payload.reserved)
             if not self.account.take(step, self._budget_is_back, begun=payload.reserved > 0):
@@ -405,11 +427,14 @@ class Connection:
             return
         self._in_batch = True
         try:
-            self._serve_batch(requests)
+            if self._pace is None:
+                self._serve_batch(requests)
+            else:
+                self._serve_paced(requests, self._pace)
         finally:
             self._in_batch = False
         self._flush()
-        if self._blocked and not (self._awaiting_budget or self.in_flight or self.wire.queued):
+        if self._blocked and not (self._awaiting_budget or self._pace_timer or self.in_flight or self.wire.queued):
             self._continue_soon()  # what stood in the way has ended within this very turn: nobody else would wake us
 
     def _serve_batch(self, requests: Sequence[Request]) -> None:
@@ -489,6 +514,28 @@ class Connection:
             self.in_flight += len(durable)
             self._starter.start(self._make_durable(durable))
 
+    def _serve_paced(self, requests: Sequence[Request], pace: Pace) -> None:
+        """Serve those that the client's rates allow now; nothing more is taken from it until they allow the others."""
+        if self._shutting_down:
+            self._serve_batch(requests)  # they are refused
+            return
+        count, before = pace.admit(requests), len(self._waiting)
+        self._serve_batch(requests[:count])
+        pace.give_back(islice(self._waiting, before, None))
+        if count < len(requests) and not self._lost:
+            self._put_aside(requests[count:])
+            self._wait_for(pace)
+
+    def _wait_for(self, pace: Pace) -> None:
+        """Go on when the client's rates allow it."""
+        self._block()
+        if self._pace_timer is None:
+            self._pace_timer = self._starter.loop.call_later(pace.wait_s, self._rates_allow)
+
+    def _rates_allow(self) -> None:
+        self._pace_timer = None
+        self._go_on()
+
     def _owes_too_much(self) -> bool:
         """Whether the client must take some of its answers first."""
         unsent = self.wire.unsent
@@ -497,9 +544,9 @@ class Connection:
     def _has_room_for(self, length: int) -> bool:
         """Whether the connection's caps allow one request more, with so many bytes of data."""
         return (
-            self.in_flight < MAX_REQUESTS_IN_FLIGHT
+            self.in_flight < self._max_requests
             and not self._owes_too_much()
-            and (self.account.held + length <= MAX_BYTES_IN_FLIGHT or not self.in_flight)
+            and (self.account.held + length <= self._max_bytes or not self.in_flight)
         )
 
     def _begin(self, request: Request) -> bool:
@@ -601,14 +648,14 @@ class Connection:
             if file is None or not file.serves(status):
                 file = self._span_file = SpanFile(located[0], status)
         except OSError as problem:
-            log.warning("%s: can't send from the page cache, so it is copied: %s", self.peer, problem)
+            self.warn(f"can't send from the page cache, so it is copied: {problem}")
             return False
         replies = self._replies
 
         def finish(problem: OSError | None) -> Buffer:
             self.in_flight -= 1
             if problem is not None:
-                log.warning("%s: export %r: %s: %s", self.peer, self.export.name, describe(request), problem)
+                self.warn(f"export {self.export.name!r}: {describe(request)}: {problem}")
                 return replies.error(request, errno_to_nbd(problem.errno), str(problem))
             self.backend.statistics.account(Operation.READ, 1, length, 0)
             return replies.done(request)

@@ -1,8 +1,7 @@
 """What requests ask for, done at the backend: from a request to the items of its reply."""
 
 import errno
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 
 from nbd_protocol.constants import Command, CommandFlag, Errno
@@ -12,8 +11,6 @@ from pynbd.block.extents import ChainExtent, Status
 from pynbd.block.requests import RequestFlag
 from pynbd.server.export import Export
 from pynbd.server.wire import Item
-
-log = logging.getLogger(__name__)
 
 HOLE_READ_BYTES = 64 << 10
 """Reads from this length up ask where the holes are."""
@@ -32,17 +29,19 @@ class Execution:
         export: what they are for.
         replies: the framing of their replies.
         contexts: id and name of the metadata contexts that were negotiated.
-        peer: the client's name for the log.
+        warn: logs what has failed.
     """
 
-    __slots__ = ("_contexts", "_peer", "_replies", "backend", "export")
+    __slots__ = ("_contexts", "_replies", "_warn", "backend", "export")
 
-    def __init__(self, export: Export, replies: Replies, contexts: Mapping[int, str], peer: str) -> None:
+    def __init__(
+        self, export: Export, replies: Replies, contexts: Mapping[int, str], warn: Callable[[str], None]
+    ) -> None:
         self.export = export
         self.backend = export.backend
         self._replies = replies
         self._contexts = contexts
-        self._peer = peer
+        self._warn = warn
 
     def error(self, request: Request, problem: OSError) -> bytes:
         """The reply to a request that has failed; the log is told, too."""
@@ -50,7 +49,7 @@ class Execution:
         # A driver from outside may raise anything: that it failed is sure, whatever it says.
         code = errno_to_nbd(problem.errno or errno.EIO, fast_zero=fast)
         if code is not Errno.ENOTSUP and problem.errno != errno.ESHUTDOWN:
-            log.warning("%s: export %r: %s: %s", self._peer, self.export.name, describe(request), problem)
+            self._warn(f"export {self.export.name!r}: {describe(request)}: {problem}")
         return self._replies.error(request, code, str(problem.strerror or problem))
 
     async def execute(self, request: Request) -> list[Item]:

@@ -18,6 +18,7 @@ from pynbd.block.bitmaps import DirtyBitmap
 from pynbd.block.errors import OptionError
 from pynbd.block.extents import ChainExtent, Status
 from pynbd.block.node import Node
+from pynbd.server.access import AccessList
 
 MAX_STATUS_EXTENTS = 16384
 """Extents of one answer to BLOCK_STATUS; it may stop early, and the client asks for the rest."""
@@ -41,6 +42,7 @@ class Export:
         bitmaps: names of the node's dirty bitmaps that can be asked for.
         min_block: the block size that requests must be multiples of, in bytes.
         resize: whether clients may resize it (experimental in the protocol).
+        access: which clients may use it, and which may write; None: all may.
 
     Raises:
         OptionError: the name is too long, a bitmap does not exist, or `min_block` is no power of two up to 64 KiB.
@@ -57,6 +59,7 @@ class Export:
         bitmaps: Sequence[str] = (),
         min_block: int = 1,
         resize: bool = False,
+        access: AccessList | None = None,
     ) -> None:
         if len(name.encode()) > MAX_EXPORT_NAME_BYTES:
             raise OptionError(f"export name {name[:40]!r}…: longer than {MAX_EXPORT_NAME_BYTES} bytes")
@@ -78,11 +81,15 @@ class Export:
         self.bitmaps = {bitmap: known[bitmap] for bitmap in bitmaps}
         self.min_block = min_block
         self.resize = resize
+        self.access = access or AccessList()
         self.clients = 0
 
     @property
     def flags(self) -> TransmissionFlag:
         """What the export is able to, before it is known what a client can take."""
+        return self._flags(self.read_only)
+
+    def _flags(self, read_only: bool) -> TransmissionFlag:
         # A flush covers every write that was answered, on whatever connection: nodes count writes, not connections.
         flags = (
             TransmissionFlag.HAS_FLAGS
@@ -93,20 +100,24 @@ class Export:
             | TransmissionFlag.CAN_MULTI_CONN
             | TransmissionFlag.BLOCK_STATUS_PAYLOAD
         )
-        if self.read_only:
+        if read_only:
             return flags | TransmissionFlag.READ_ONLY
         flags |= TransmissionFlag.SEND_TRIM | TransmissionFlag.SEND_WRITE_ZEROES | TransmissionFlag.SEND_FAST_ZERO
         return flags | TransmissionFlag.SEND_RESIZE if self.resize else flags
 
-    def info(self) -> ExportInfo:
-        """What a client is told that asks for it now."""
+    def info(self, *, read_only: bool = False) -> ExportInfo:
+        """What a client is told that asks for it now.
+
+        Args:
+            read_only: whether this client may not write, whatever others may.
+        """
         optimal = self.backend.node.driver.limits.optimal_transfer
         preferred = max(PREFERRED_BLOCK_BYTES, self.min_block)
         if optimal and not optimal & (optimal - 1):
             preferred = min(max(preferred, optimal), MAX_PREFERRED_BLOCK_BYTES)
         return ExportInfo(
             size=self.backend.size,
-            flags=self.flags,
+            flags=self._flags(self.read_only or read_only),
             canonical_name=self.name,
             description=self.description or None,
             min_block=self.min_block,

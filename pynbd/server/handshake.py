@@ -2,7 +2,6 @@
 
 import logging
 import socket
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from nbd_protocol.constants import Option, OptionReplyType
@@ -11,6 +10,7 @@ from nbd_protocol.negotiation_events import Aborted, Closed, ExportQuery, ListEx
 from nbd_protocol.server_negotiation import ServerNegotiation
 from pynbd.crypto.tls_socket import TlsSocket, receive, send_all
 from pynbd.server.export import Export
+from pynbd.server.offer import Offer
 
 if TYPE_CHECKING:
     from pynbd.server.tls import ServerTls
@@ -38,7 +38,7 @@ class Negotiated(NamedTuple):
 
 async def negotiate(
     sock: socket.socket,
-    exports: Mapping[str, Export],
+    offer: Offer,
     negotiation: ServerNegotiation,
     tls: "ServerTls | None" = None,
 ) -> Negotiated | None:
@@ -46,7 +46,7 @@ async def negotiate(
 
     Args:
         sock: connected, non-blocking.
-        exports: by name, as they are when the client asks.
+        offer: what this client is shown.
         negotiation: fresh; it knows whether there is TLS as well.
         tls: how, if there is.
 
@@ -56,6 +56,7 @@ async def negotiate(
     Raises:
         RemoteProtocolError: the client broke the protocol.
         TlsFailure: there is no TLS with this client.
+        Refused: it is sent away.
         OSError: the connection is lost.
     """
     current: socket.socket | TlsSocket = sock
@@ -78,32 +79,34 @@ async def negotiate(
             case Closed(reason):
                 log.debug("handshake ended: %s", reason)
                 return None
-            case ExportQuery(name=name) if name in exports:
+            case ExportQuery(name=name) if (found := offer.find(name)) is not None:
                 # The one whose size was told; by the time the answer has left, another may have its name.
-                chosen = exports[name]
-                negotiation.accept_export(chosen.info())
+                chosen = found
+                negotiation.accept_export(offer.info(found))
             case StartTls():
                 assert tls is not None  # without it the protocol's own end refuses
                 negotiation.accept_tls()
                 await send_all(sock, negotiation.data_to_send())
-                current = await tls.begin(sock)
+                current = secured = await tls.begin(sock)
+                offer.proved(secured.identity)
             case ListExports() | ExportQuery() | MetaContextQuery():
-                _answer(event, exports, negotiation)
+                _answer(event, offer, negotiation)
 
 
 def _answer(
     question: ListExports | ExportQuery | MetaContextQuery,
-    exports: Mapping[str, Export],
+    offer: Offer,
     negotiation: ServerNegotiation,
 ) -> None:
     match question:
         case ListExports():
-            negotiation.send_export_list([(export.name, export.description) for export in exports.values()])
+            negotiation.send_export_list([(export.name, export.description) for export in offer.shown()])
         case ExportQuery(name=name):
             negotiation.refuse(OptionReplyType.ERR_UNKNOWN, unknown_export(name))
         case MetaContextQuery(option=option, export=name, queries=queries):
-            if name in exports:
-                names = select_contexts(Option(option), queries, exports[name].contexts())
+            export = offer.find(name)
+            if export is not None:
+                names = select_contexts(Option(option), queries, export.contexts())
                 negotiation.send_meta_contexts(list(enumerate(names, 1)))
             else:
                 negotiation.refuse(OptionReplyType.ERR_UNKNOWN, unknown_export(name))

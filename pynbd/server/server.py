@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import socket
 import stat
@@ -9,17 +10,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nbd_protocol.constants import NEGOTIATION_TIMEOUT_S
+from nbd_protocol.constants import TransmissionFlag
 from nbd_protocol.errors import RemoteProtocolError
 from nbd_protocol.server_negotiation import ServerNegotiation
 from pynbd.block.errors import OptionError
 from pynbd.crypto.tls_socket import TlsFailure, TlsSocket
+from pynbd.server.access import AccessList
 from pynbd.server.budget import DEFAULT_POOL_BYTES, PayloadBudget
+from pynbd.server.client_log import ClientLog
 from pynbd.server.connection import Connection, Scratch
 from pynbd.server.export import Export
 from pynbd.server.handshake import Negotiated, negotiate
 from pynbd.server.inline import InlineStarter
+from pynbd.server.limits import NO_LIMITS, ClientLimits, Clients, Presence
+from pynbd.server.offer import Offer
 from pynbd.server.tls_wire import TlsWire
+from pynbd.server.visitor import Refused, Visitor, visitor_at
 from pynbd.server.wire import PlainWire, tune
 
 if TYPE_CHECKING:
@@ -29,6 +35,9 @@ log = logging.getLogger(__name__)
 
 BACKLOG = 1024
 """Connections that the kernel keeps until they are accepted."""
+
+MAX_ACCEPTS = 64
+"""Clients that are accepted in a row: those who are served already have their turn between."""
 
 DEFAULT_MAX_CLIENTS = 1024
 """Clients at one time, where nobody says otherwise: each costs a descriptor and some memory."""
@@ -58,8 +67,9 @@ class NbdServer:
         max_clients: clients at one time, 0 for `DEFAULT_MAX_CLIENTS`; further ones wait in the kernel.
         payload_pool: memory for payloads of all clients together, beyond a small reserve for each, in bytes.
         structured, extended: whether these framings are offered.
-        handshake_timeout_s: how long a client may take to choose an export.
         tls: how clients may or must use TLS; None: there is none.
+        limits: what one client may take.
+        access: who may connect at all, by address or as a user of this machine; None: everybody.
     """
 
     def __init__(
@@ -70,23 +80,28 @@ class NbdServer:
         payload_pool: int = DEFAULT_POOL_BYTES,
         structured: bool = True,
         extended: bool = True,
-        handshake_timeout_s: float = NEGOTIATION_TIMEOUT_S,
         tls: "ServerTls | None" = None,
+        limits: ClientLimits = NO_LIMITS,
+        access: AccessList | None = None,
     ) -> None:
         self.exports: dict[str, Export] = {}
         for export in exports:
             self.add_export(export)
         self.max_clients = max_clients or DEFAULT_MAX_CLIENTS
-        self.handshake_timeout_s = handshake_timeout_s
+        self.limits = limits
+        self.handshake_timeout_s = limits.handshake_timeout
         self.connections: set[Connection] = set()
         self.on_client_gone: list[Callable[[], None]] = []
         self.served = 0
+        self._access = access or AccessList()
+        self._clients = Clients(limits)
         self._structured = structured
         self._extended = extended
         self.tls = tls
         self._loop = asyncio.get_running_loop()
         # Those who wait for memory are woken by the loop, never from within another client's request.
         self.budget = PayloadBudget(payload_pool, self._loop.call_soon)
+        self._client_log = ClientLog(self._loop.call_later)
         self._starter = InlineStarter(self._loop)
         self._scratch = Scratch()
         self._listeners: list[socket.socket] = []
@@ -96,6 +111,7 @@ class NbdServer:
         self._stopping = False
         self._somebody_left = asyncio.Event()
         self._progress: dict[Connection, tuple[int, int]] = {}
+        self._idle: dict[Connection, tuple[int, float]] = {}
         self._stall_timer: asyncio.TimerHandle | None = None
 
     # --- exports ------------------------------------------------------------------------------------------
@@ -184,7 +200,9 @@ class NbdServer:
         self._accepting = room
 
     def _accept(self, listener: socket.socket) -> None:
-        while len(self.connections) + len(self._handshakes) < self.max_clients:
+        for _ in range(MAX_ACCEPTS):
+            if len(self.connections) + len(self._handshakes) >= self.max_clients:
+                break
             try:
                 sock, address = listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -199,10 +217,28 @@ class NbdServer:
         self._watch_listeners()
 
     def receive(self, sock: socket.socket, address: object) -> None:
-        """Begin with a client that has connected; its socket is closed when it has gone."""
-        task = self._loop.create_task(self._welcome(sock, peer_name(sock, address)))
+        """Begin with a client that has connected, or send it away at once; its socket is closed when it has gone."""
+        try:
+            visitor = visitor_at(sock, address)
+        except (OSError, ValueError) as problem:
+            log.error("can't tell who a client is: %s", problem)
+            sock.close()
+            return
+        try:
+            decision = self._access.decide(visitor)
+            if decision.policy == "deny":
+                raise Refused(decision.why)
+            presence = Presence(self._clients, visitor)
+        except Refused as refusal:
+            self._tell(visitor, f"refused: {refusal}")
+            sock.close()
+            return
+        task = self._loop.create_task(self._welcome(sock, visitor, presence))
         self._handshakes.add(task)
         task.add_done_callback(self._handshake_ended)
+
+    def _tell(self, visitor: Visitor, text: str) -> None:
+        self._client_log.tell(visitor.key, f"{visitor}: {text}")
 
     async def until_idle(self) -> None:
         """Wait until there is no client, neither one that chooses an export nor one that uses it."""
@@ -212,34 +248,39 @@ class NbdServer:
 
     # --- clients ------------------------------------------------------------------------------------------
 
-    async def _welcome(self, sock: socket.socket, peer: str) -> None:
+    async def _welcome(self, sock: socket.socket, visitor: Visitor, presence: Presence) -> None:
         """The handshake with a client, and what comes of it."""
         begun = False
+        told = functools.partial(self._tell, visitor)
         try:
             tune(sock)
-            async with asyncio.timeout(self.handshake_timeout_s):
+            async with asyncio.timeout(self.handshake_timeout_s or None):
                 negotiation = ServerNegotiation(
                     tls="off" if self.tls is None else self.tls.policy,
                     structured=self._structured,
                     extended=self._extended,
                     resize=True,
                 )
-                result = await negotiate(sock, self.exports, negotiation, self.tls)
+                offer = Offer(self.exports, visitor, told, presence.named)
+                result = await negotiate(sock, offer, negotiation, self.tls)
             if result is not None:
-                self._begin(peer, result)
+                self._begin(visitor, presence, result)
                 begun = True
         except TimeoutError:
-            log.warning("%s: no export was chosen within %g s", peer, self.handshake_timeout_s)
+            told(f"no export was chosen within {self.handshake_timeout_s:g} s")
         except RemoteProtocolError as problem:
-            log.warning("%s: %s", peer, problem)
+            told(str(problem))
         except TlsFailure as problem:
-            log.warning("%s: refused: %s", peer, problem.strerror)
+            told(f"refused: {problem.strerror}")
+        except Refused as refusal:
+            told(f"refused: {refusal}")
         except OSError as problem:
-            log.debug("%s: connection lost in the handshake: %s", peer, problem)
+            log.debug("%s: connection lost in the handshake: %s", visitor, problem)
         except Exception:
-            log.exception("%s: handshake failed", peer)
+            log.exception("%s: handshake failed", visitor)
         finally:
             if not begun:
+                presence.leave()
                 sock.close()
 
     def _handshake_ended(self, task: "asyncio.Task[None]") -> None:
@@ -247,8 +288,12 @@ class NbdServer:
         self._somebody_left.set()
         self._accept_again()
 
-    def _begin(self, peer: str, result: Negotiated) -> None:
-        sock = result.sock
+    def _begin(self, visitor: Visitor, presence: Presence, result: Negotiated) -> None:
+        sock, peer = result.sock, visitor.label
+
+        def gone(connection: Connection) -> None:
+            presence.leave()
+            self._gone(connection)
 
         def make_wire(connection: Connection) -> PlainWire:
             told = (connection.on_readable, connection.on_sent, connection.on_lost)
@@ -264,10 +309,14 @@ class NbdServer:
             self._scratch,
             peer,
             make_wire,
-            self._gone,
+            gone,
+            self.limits,
+            presence.pace,
+            functools.partial(self._tell, visitor),
         )
         secure = f", {sock.version}, {sock.identity!r}" if isinstance(sock, TlsSocket) else ""
-        log.info("%s: uses export %r (%s%s)", peer, result.export.name, result.ready.mode.value, secure)
+        read_only = ", read-only" if result.ready.info.flags & TransmissionFlag.READ_ONLY else ""
+        log.info("%s: uses export %r (%s%s%s)", peer, result.export.name, result.ready.mode.value, read_only, secure)
         self.connections.add(connection)
         self.served += 1
         result.export.clients += 1
@@ -283,6 +332,7 @@ class NbdServer:
         if not self.connections:
             self._scratch.buffers.clear()
         self._progress.pop(connection, None)
+        self._idle.pop(connection, None)
         connection.export.clients -= 1
         self._accept_again()
         self._somebody_left.set()
@@ -301,6 +351,8 @@ class NbdServer:
     def _check_stalls(self) -> None:
         """Close clients that hold memory others wait for, and do not move; and payloads that never end."""
         self._stall_timer = None
+        if self.limits.idle_timeout:
+            self._check_idle(self.limits.idle_timeout)
         for connection in list(self.connections):
             if not connection.holding_back:
                 self._progress.pop(connection, None)
@@ -311,12 +363,21 @@ class NbdServer:
             self._progress[connection] = (now, checks + 1 if still else 0)
             too_slow = bool(self.budget.waiting) and now - moved < MIN_PROGRESS_BYTES and connection.account.held
             if (too_slow and checks >= 0) or (still and checks >= PAYLOAD_STALL_CHECKS and connection.payload_open):
-                log.warning(
-                    "%s: stalled, and others wait for its memory" if too_slow else "%s: stalled", connection.peer
-                )
+                connection.warn("stalled, and others wait for its memory" if too_slow else "stalled")
                 connection.abort()
         if self.connections:
             self._stall_timer = self._loop.call_later(self._stall_check_s, self._check_stalls)
+
+    def _check_idle(self, timeout_s: float) -> None:
+        """Close clients that have not asked for anything for too long."""
+        now = self._loop.time()
+        for connection in list(self.connections):
+            moved, since = self._idle.get(connection, (-1, now))
+            if not connection.idle or connection.wire.moved != moved:
+                self._idle[connection] = (connection.wire.moved, now)
+            elif now - since >= timeout_s:
+                connection.warn(f"closed, for it was idle for {timeout_s:g} s")
+                connection.abort()
 
     # --- the end ------------------------------------------------------------------------------------------
 
@@ -337,6 +398,7 @@ class NbdServer:
         await self._send_away(list(self.connections), grace_s)
         if self._stall_timer is not None:
             self._stall_timer.cancel()
+        self._client_log.end_window()
 
     def unlink_sockets(self) -> None:
         """Remove the Unix sockets of this server, unless another one has taken their places."""
@@ -375,14 +437,6 @@ class NbdServer:
                 async with asyncio.timeout(remaining):
                     await self._somebody_left.wait()
         return left
-
-
-def peer_name(sock: socket.socket, address: object) -> str:
-    """What the log calls a client."""
-    if isinstance(address, tuple):
-        host, port = address[:2]
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    return f"unix#{sock.fileno()}"
 
 
 def remove_dead_socket(path: str) -> None:

@@ -18,8 +18,9 @@ from pynbd.block.node import Node
 from pynbd.block.objects import Objects
 from pynbd.block.permissions import Permission
 from pynbd.block.registry import is_python_file
+from pynbd.server.access import AccessList, AccessRule
 from pynbd.server.activation import Handed, reachable, uri_at
-from pynbd.server.check import check, filter_tree, snapshot_tree
+from pynbd.server.check import NOBODY_BY_NAME, check, filter_tree, snapshot_tree
 from pynbd.server.config import Config, ExportOptions, ListenOptions, parse_address
 from pynbd.server.export import Export, bitmaps_of
 from pynbd.server.server import NbdServer
@@ -76,6 +77,7 @@ class Service:
                 bitmaps=wanted.bitmaps,
                 min_block=wanted.min_block,
                 resize=wanted.resize and writable,
+                access=self._access_list(wanted.access),
             )
             self.server.add_export(export)
         except BaseException:
@@ -84,6 +86,17 @@ class Service:
             await self._close_since(before)
             raise
         return export
+
+    def _access_list(self, rules: Sequence[AccessRule]) -> AccessList:
+        """Rules that are ready for use.
+
+        Raises:
+            OptionError: a rule says something wrong, or is about names that nobody can have.
+        """
+        tls = self.server.tls
+        if any(rule.wants_name for rule in rules) and not (tls and tls.credentials.wants_client_identity):
+            raise OptionError(NOBODY_BY_NAME)
+        return AccessList(rules, self.graph.objects)
 
     async def _close_since(self, before: set[str]) -> None:
         """Close what was opened for an export that came to nothing."""
@@ -216,6 +229,8 @@ async def open_service(
         structured=config.server.structured_replies,
         extended=config.server.extended_headers,
         tls=wanted_tls(config.server, objects),
+        limits=config.server.client_limits,
+        access=AccessList(config.server.access, objects),
     )
     service = Service(Graph(objects), server)
     try:

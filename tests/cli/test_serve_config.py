@@ -231,7 +231,7 @@ def test_flags_that_would_be_said_in_vain(name: str) -> None:
     """`--config FILE -r` must not serve something writable."""
     Path("c.toml").write_text('[export.a]\ndisk = "x"\n')
     values = {"format": "raw", "offset": "1M", "cache": "none", "discard": "unmap", "detect_zeroes": "on"}
-    values |= {"filter": "nofilter", "description": "d", "bitmap": "b", "load_snapshot": "s"}
+    values |= {"filter": "nofilter", "description": "d", "bitmap": "b", "load_snapshot": "s", "access": "unix"}
     flag = OF_A_DISK[name]
     words = [flag, values[name]] if name in values else [flag]
     with pytest.raises(OptionError, match=f"^{flag} is said of a DISK"):

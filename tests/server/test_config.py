@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from pynbd.block.errors import OptionError
+from pynbd.server.access import AccessRule
 from pynbd.server.config import (
     MAX_CONFIG_BYTES,
     MAX_SOCKET_PATH_BYTES,
@@ -23,6 +24,7 @@ from pynbd.server.config import (
     parse_address,
     toml_key,
 )
+from pynbd.server.limits import ClientLimits
 
 # --- addresses ------------------------------------------------------------------------------------------------
 
@@ -85,6 +87,8 @@ tls-certificates = "pki"
 tls-psk = "keys.psk"
 tls-verify-peer = "on"
 tls-authz = "authz0"
+access = [{ policy = "deny", address = ["10.0.0.5", "fd00::/8"] }, { policy = "allow", uid = [0, "nobody"] }]
+client-limits = { connections = 16, bytes-per-second = "100M", handshake-timeout = 2.5 }
 
 [[object]]
 qom-type = "secret"
@@ -112,6 +116,7 @@ detect-zeroes = "on"
 min-block = 512
 load-snapshot = "one"
 resize = true
+access = [{ policy = "read-only", address = "unix", gid = "daemon", name = "CN=*", authz = "authz0" }]
 
 [export.""]
 disk = { driver = "null" }
@@ -135,6 +140,11 @@ def test_every_key() -> None:
             tls_psk="keys.psk",
             tls_verify_peer=True,
             tls_authz="authz0",
+            access=(
+                AccessRule(policy="deny", address=("10.0.0.5", "fd00::/8")),
+                AccessRule(policy="allow", uid=(0, "nobody")),
+            ),
+            client_limits=ClientLimits(connections=16, bytes_per_second=100 << 20, handshake_timeout=2.5),
         ),
         objects=({"qom-type": "secret", "id": "sec0", "file": "key"},),
         nodes=({"node-name": "golden", "driver": "memory", "size": "1M"},),
@@ -155,6 +165,7 @@ def test_every_key() -> None:
                 min_block=512,
                 load_snapshot="one",
                 resize=True,
+                access=(AccessRule(policy="read-only", address="unix", gid="daemon", name="CN=*", authz="authz0"),),
             ),
             "": ExportOptions(disk={"driver": "null"}),
         },

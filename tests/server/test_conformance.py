@@ -33,6 +33,7 @@ from nbd_protocol.constants import (
     TransmissionFlag,
 )
 from pynbd.server.export import Export
+from pynbd.server.limits import ClientLimits
 from tests.restless import RESTLESS, restless
 from tests.server.clients import (
     CHUNKED,
@@ -345,7 +346,7 @@ async def test_conformance_12_long_options_are_skipped_up_to_a_limit(served: Ser
 
 
 async def test_conformance_12_the_whole_negotiation_has_a_time_limit() -> None:
-    async with serving(MEMORY, server_options={"handshake_timeout_s": 0.05}) as served:
+    async with serving(MEMORY, server_options={"limits": ClientLimits(handshake_timeout=0.05)}) as served:
         silent = await served.open_socket()
         haggler = await Haggler.meet(served)
         await haggler.send(b"IHAV")

@@ -1,6 +1,7 @@
 """What requests ask for, and the replies that come of it."""
 
 import errno
+import logging
 from collections.abc import AsyncIterator
 from itertools import pairwise
 from typing import Any
@@ -47,7 +48,9 @@ async def served() -> AsyncIterator[Served]:
 
 
 def execution_for(served: Served, mode: ReplyMode) -> Execution:
-    return Execution(served.server.exports[""], replies_for(mode), {5: "base:allocation"}, "somebody")
+    return Execution(
+        served.server.exports[""], replies_for(mode), {5: "base:allocation"}, logging.getLogger("pynbd").warning
+    )
 
 
 def length_of(items: list[Any]) -> int:

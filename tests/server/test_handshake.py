@@ -20,6 +20,7 @@ from nbd_protocol.negotiation_events import (
 from nbd_protocol.server_negotiation import ServerNegotiation
 from pynbd.server.export import Export
 from pynbd.server.handshake import Negotiated, negotiate
+from pynbd.server.offer import Offer
 from tests.server.clients import LIMIT_S, MODES, Served, add_export, negotiation_for, serving
 from tests.server.clients import negotiate as ask
 
@@ -39,7 +40,7 @@ class Shaking:
         self.client, self.server = socket.socketpair()
         self.client.setblocking(False)
         self.server.setblocking(False)
-        self.task = asyncio.create_task(negotiate(self.server, exports, ServerNegotiation()))
+        self.task = asyncio.create_task(negotiate(self.server, Offer(exports), ServerNegotiation()))
 
     async def result(self) -> Negotiated | None:
         async with asyncio.timeout(LIMIT_S):

@@ -11,6 +11,7 @@ import pytest
 
 from nbd_protocol.constants import Command, Errno, ReplyMode
 from pynbd.server import server as server_module
+from pynbd.server.limits import ClientLimits
 from pynbd.server.server import NbdServer, remove_dead_socket
 from tests.server.clients import (
     LIMIT_S,
@@ -148,7 +149,9 @@ async def test_no_more_clients_than_allowed_and_the_next_when_one_leaves(most: i
 @pytest.mark.parametrize("how", ["vanish", "garbage", "abort", "silence"])
 async def test_handshakes_that_fail_leave_their_place(how: str) -> None:
     """Also the last place: nobody else would leave, and let the next one in."""
-    async with serving(MEMORY, server_options={"max_clients": 1, "handshake_timeout_s": 0.05}) as served:
+    async with serving(
+        MEMORY, server_options={"max_clients": 1, "limits": ClientLimits(handshake_timeout=0.05)}
+    ) as served:
         for _ in range(5):
             sock = await served.open_socket()
             match how:
@@ -364,7 +367,7 @@ async def test_an_export_whose_disk_has_gone_when_the_handshake_ends() -> None:
     async with serving(MEMORY, MEMORY) as served:
         export = served.server.exports["disk1"]
         info = export.info()
-        export.info = lambda: info  # type: ignore[method-assign]  # what was told a moment ago
+        export.info = lambda **_: info  # type: ignore[method-assign]  # what was told a moment ago
         node = export.backend.node
         served.graph.detach(export.backend)
         client = await served.connect("disk1")

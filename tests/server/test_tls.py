@@ -23,6 +23,7 @@ from pynbd.block.objects import Objects
 from pynbd.crypto.tls_credentials import TlsCredsX509
 from pynbd.crypto.tls_socket import TlsSocket
 from pynbd.server.config import ListenOptions
+from pynbd.server.limits import ClientLimits
 from pynbd.server.tls import ServerTls, server_tls
 from pynbd.server.tls_wire import TlsWire
 from tests.crypto.tls_ends import credentials
@@ -217,7 +218,7 @@ async def test_who_may_come_in(pki: Path, caplog: pytest.LogCaptureFixture) -> N
 
 async def test_a_client_that_never_shakes_hands(pki: Path) -> None:
     tls = tls_of(pki)
-    async with serving(DISK, server_options={"tls": tls, "handshake_timeout_s": 0.05}) as served:
+    async with serving(DISK, server_options={"tls": tls, "limits": ClientLimits(handshake_timeout=0.05)}) as served:
         sock = await served.open_socket()
         negotiation = negotiation_for(ReplyMode.STRUCTURED, tls="require")
         negotiation.connect("")
