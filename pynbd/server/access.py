@@ -45,7 +45,7 @@ class AccessRule(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forb
 
     Args:
         policy: what is done with whom it fits: `read-only` clients can't write.
-        address: `10.0.0.5`, `10.0.0.0/8`, `fd00::/8`; or `ipv4`, `ipv6`, `unix`; or `all`.
+        address: `10.0.0.5`, `10.0.0.0/8`, `fd00::/8`; or `ipv4`, `ipv6`, `unix`, `vsock`; or `all`.
         uid, gid: a user or a group of this machine, by number or by name, at a Unix socket.
         name: a pattern for the distinguished name of a certificate, or the user of a key, with `*`, `?` and `[…]`.
         authz: the object that says who it is about.
@@ -141,11 +141,12 @@ def _conditions(rule: AccessRule, objects: Objects) -> list[Condition]:
 def _from(texts: tuple[str, ...]) -> Condition:
     """Whether a client comes from one of some addresses."""
     everybody = any(text in EVERY_ADDRESS for text in texts)
-    by_unix = "unix" in texts
-    networks = [network_of(text) for text in texts if text not in (*EVERY_ADDRESS, "unix")]
+    by_unix, by_vsock = "unix" in texts, "vsock" in texts
+    networks = [network_of(text) for text in texts if text not in (*EVERY_ADDRESS, "unix", "vsock")]
 
     def fits(visitor: Visitor) -> bool:
-        return everybody or (visitor.is_unix and by_unix) or _is_in(visitor.address, networks)
+        by_way = (by_unix and visitor.is_unix) or (by_vsock and visitor.is_vsock)
+        return everybody or by_way or _is_in(visitor.address, networks)
 
     return fits
 
@@ -168,7 +169,7 @@ def network_of(text: str) -> IpNetwork:
             meant = ipaddress.ip_network(text, strict=False)
         except ValueError:
             raise OptionError(
-                f"address: {text!r} is none; write 10.0.0.5, 10.0.0.0/8, fd00::/8, ipv4, ipv6, unix or all"
+                f"address: {text!r} is none; write 10.0.0.5, 10.0.0.0/8, fd00::/8, ipv4, ipv6, unix, vsock or all"
             ) from problem
         raise OptionError(f"address: {text!r} has bits beyond its prefix; the network is {str(meant)!r}") from problem
     if isinstance(network, ipaddress.IPv6Network) and network.subnet_of(V4_MAPPED):

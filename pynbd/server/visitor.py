@@ -35,6 +35,7 @@ class Visitor(msgspec.Struct):
         uid: the user at the other end of a Unix socket, when it connected.
         gids: that user's groups.
         is_unix: it comes by a Unix socket.
+        is_vsock: it comes from a virtual machine, or its host.
         name: what TLS has proved: the distinguished name of a certificate, or the user of a key; "" if nothing.
     """
 
@@ -44,6 +45,7 @@ class Visitor(msgspec.Struct):
     uid: int | None = None
     gids: frozenset[int] = frozenset()
     is_unix: bool = False
+    is_vsock: bool = False
     name: str = ""
 
     def __str__(self) -> str:
@@ -68,6 +70,9 @@ def visitor_at(sock: socket.socket, address: object) -> Visitor:
         )
         label = f"unix#{sock.fileno()} (uid {uid}, pid {pid})"
         return Visitor(label, key=f"uid {uid}", uid=uid, gids=frozenset({gid, *groups_of(sock)}), is_unix=True)
+    if sock.family == socket.AF_VSOCK and isinstance(address, tuple):
+        cid, port = address
+        return Visitor(f"vsock:{cid}:{port}", key=f"vsock {cid}", is_vsock=True)
     return Visitor(str(address) or f"socket#{sock.fileno()}", key=str(sock.family))
 
 
