@@ -14,9 +14,9 @@ from tests.attach.guest import Guest
 from tests.peers import require_tool
 
 MOUNT_POINT = "/mnt/disk"
-KEPT_BYTES = 2 << 20
+KEPT_BYTES = 1 << 20
 DELETED_BYTES = 5 * KEPT_BYTES
-SMALL_FILES = 20
+SMALL_FILES = 12
 
 
 @dataclass(frozen=True, slots=True)

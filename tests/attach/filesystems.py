@@ -23,12 +23,15 @@ class Filesystem:
 EXT4 = Filesystem(
     "ext4",
     "e2fsprogs",
-    # ext4 may initialise its tables later, and what that writes would count against what fstrim gives back.
-    make="mkfs.ext4 -q -E lazy_itable_init=0,lazy_journal_init=0",
+    # ext4 may initialise its tables later, and what that writes would count against what fstrim gives back. They are
+    # small, for the guest is slow at writing them.
+    make="mkfs.ext4 -q -N 1024 -J size=4 -E lazy_itable_init=0,lazy_journal_init=0",
     check="e2fsck -f -n",
     check_image=check_ext4,
 )
-XFS = Filesystem("xfs", "xfsprogs", make="mkfs.xfs -q", check="xfs_repair -n", check_image=check_xfs)
+XFS = Filesystem(
+    "xfs", "xfsprogs", make="mkfs.xfs -q --unsupported -l size=12m", check="xfs_repair -n", check_image=check_xfs
+)
 
 BTRFS = Filesystem("btrfs", "btrfs-progs", make="mkfs.btrfs -q", check="btrfs check -q", check_image=check_btrfs)
 

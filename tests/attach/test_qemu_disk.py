@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.attach.filesystem_scenario import MOUNT_POINT, check_image, live_through
+from tests.attach.filesystems import EXT4
 from tests.attach.guest import Guest
 from tests.attach.kernel import Kernel
 from tests.attach.server import ADDRESS, ServerUnderTest
@@ -84,7 +85,7 @@ def test_guest_moves_to_another_qemu_while_it_writes(
         Guest(kernel, initramfs, tmp_path / "here", options) as here,
         Guest(kernel, initramfs, tmp_path / "there", options, arriving=True) as there,
     ):
-        here.run(f"mkfs.ext4 -q /dev/vda && mkdir -p {MOUNT_POINT} && mount -t ext4 /dev/vda {MOUNT_POINT}")
+        here.run(f"{EXT4.make} /dev/vda && mkdir -p {MOUNT_POINT} && mount -t ext4 /dev/vda {MOUNT_POINT}")
         here.run(NUMBERED_FILES)
         here.move_to(there)
         assert not here.usable
