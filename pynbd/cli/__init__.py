@@ -33,6 +33,7 @@ VERBS = {
     "copy": Verb("pynbd.cli.copy", "copy a disk, from anything to anything"),
     "img": Verb("pynbd.cli.img", "make, convert and repair disk images, as qemu-img does", has_verbs=True),
     "certs": Verb("pynbd.cli.certs", "make certificates for TLS"),
+    "health": Verb("pynbd.cli.health", "tell whether a server answers"),
     "drivers": Verb("pynbd.cli.drivers", "list the drivers and their options"),
 }
 
@@ -43,13 +44,16 @@ class Parser(argparse.ArgumentParser):
     more_words_for = ""
     """The argument that takes what stands between and behind options, where argparse would give up."""
 
+    variables = ""
+    """How variables of the environment begin that say what the command line does not; there are none if empty."""
+
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, and end."""
         self.exit(1, f"{self.prog}: {message.removeprefix('argument ')}\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, and refuse what is left over here, where the verb's options are known."""
-        parsed, rest = super().parse_known_args(args, namespace)
+        parsed, rest = self._parse(args, namespace)
         options, words = rest, []
         if "--" in rest and self.more_words_for:
             options, words = rest[: rest.index("--")], rest[rest.index("--") + 1 :]
@@ -59,6 +63,13 @@ class Parser(argparse.ArgumentParser):
         if rest:
             setattr(parsed, self.more_words_for, [*getattr(parsed, self.more_words_for), *options, *words])
         return parsed, []
+
+    def _parse(self, args: Any, namespace: Any) -> tuple[Any, list[str]]:
+        if self.variables and any(name.startswith(self.variables) for name in os.environ):
+            from pynbd.cli.environment import parse_with_environment
+
+            return parse_with_environment(self, self.variables, args, super().parse_known_args)
+        return super().parse_known_args(args, namespace)
 
     def refuse(self, word: str) -> NoReturn:
         """Say that a word means nothing here, and which one was meant most likely."""

@@ -68,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = EPILOG
     parser.more_words_for = "disk"  # type: ignore[attr-defined]  # it is our own Parser, seen as what it extends
+    parser.variables = "PYNBD_SERVE_"  # type: ignore[attr-defined]  # as above
     parser.add_argument("disk", nargs="*", metavar="DISK", help="what to serve, or NAME=DISK")
     disks = parser.add_argument_group("disks")
     _add_disk_arguments(disks)
@@ -168,6 +169,12 @@ def _add_listen_arguments(group: Group) -> None:
         "--inetd",
         action="store_true",
         help="serve the one client that the standard input and output are, and nobody else",
+    )
+    group.add_argument(
+        "--default-bind",
+        default="127.0.0.1",
+        metavar="ADDR",
+        help="address to listen on where none is said here nor in --config (default: 127.0.0.1)",
     )
     group.add_argument(
         "-e",

@@ -234,12 +234,12 @@ def listen_addresses(arguments: argparse.Namespace, config: Config, at_end: cont
         OptionError: an address is none.
     """
     port = DEFAULT_PORT if arguments.port is None else arguments.port
-    hosts = arguments.bind or (["127.0.0.1"] if arguments.port is not None else [])
+    hosts = arguments.bind or ([arguments.default_bind] if arguments.port is not None else [])
     if "" in arguments.socket:
         raise OptionError("-k: an empty path")
     # Absolute, for that is how it is printed.
     addresses = [f"unix:{os.path.abspath(path)}" for path in arguments.socket]  # noqa: PTH100  # resolve() would follow links
-    addresses += [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts]
+    addresses += [_with_port(host, port) for host in hosts]
     for address in addresses:
         configs.parse_address(address)
     if addresses or config.server.listen:
@@ -247,4 +247,9 @@ def listen_addresses(arguments: argparse.Namespace, config: Config, at_end: cont
     if arguments.run is not None:
         folder = at_end.enter_context(tempfile.TemporaryDirectory(prefix="pynbd-"))
         return (f"unix:{folder}/nbd.sock",)
-    return (f"127.0.0.1:{port}",)
+    configs.parse_address(_with_port(arguments.default_bind, port))
+    return (_with_port(arguments.default_bind, port),)
+
+
+def _with_port(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
