@@ -19,7 +19,9 @@ MAX_REPEATS = 9
 """How often an option that counts may be given by its number: PYNBD_SERVE_VERBOSE=2 is -vv."""
 
 SAY_NO_VALUE = (argparse._StoreTrueAction, argparse._CountAction)  # noqa: SLF001  # argparse has no public names for them
-SAY_SEVERAL = argparse._AppendAction  # noqa: SLF001  # as above
+
+IN_ORDER = ("DENY", "ALLOW_READ_ONLY", "ALLOW")
+"""Variables have no order, but of rules the first one that fits decides: first who may not come in, last who may."""
 
 Parse = Callable[[list[str], argparse.Namespace], tuple[argparse.Namespace, list[str]]]
 """argparse's own parsing: words and what to fill in; what came of it, and words that are left over."""
@@ -50,16 +52,22 @@ def parse_with_environment(
         words: the command line.
         parse: how the parser takes words.
     """
-    # Whatever is still None afterwards was not said.
-    silence = {action.dest: None for action in _arguments(parser).values()}
+    # Whatever is still None or an empty list afterwards was not said.
+    silence: dict[str, list[str] | None] = {
+        action.dest: [] if _says_several(action) else None for action in _arguments(parser).values()
+    }
     given, rest = parse(words, argparse.Namespace(**silence))
     said = {name for name, value in vars(given).items() if value not in (None, [])}
     variables = [one for one in _variables(parser, prefix) if not said & _excluded_by(one.action, parser)]
     from_variables = _parse_variables(parser, variables, parse, argparse.Namespace(**silence))
     for name in silence.keys() - said:
         value = getattr(from_variables, name)
-        setattr(given, name, parser.get_default(name) if value is None else value)
+        setattr(given, name, parser.get_default(name) if value in (None, []) else value)
     return given, rest
+
+
+def _says_several(action: argparse.Action) -> bool:
+    return isinstance(action.default, list) or not action.option_strings
 
 
 def _arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
@@ -74,7 +82,10 @@ def _arguments(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
 
 def _variables(parser: argparse.ArgumentParser, prefix: str) -> Iterator[Variable]:
     known = _arguments(parser)
-    for name, value in sorted(os.environ.items()):
+    ordered = [prefix + name for name in IN_ORDER]
+    for name, value in sorted(
+        os.environ.items(), key=lambda one: (one[0] in ordered and ordered.index(one[0]), one[0])
+    ):
         if not name.startswith(prefix) or not value:
             continue
         action = known.get(name.removeprefix(prefix))
@@ -102,7 +113,7 @@ def _words(action: argparse.Action, value: str) -> list[str]:
         if times is None:
             raise ValueError(f"{value!r} is neither on nor off")
         return [option] * times
-    return [f"{option}={word}" for word in (shlex.split(value) if isinstance(action, SAY_SEVERAL) else [value])]
+    return [f"{option}={word}" for word in (shlex.split(value) if _says_several(action) else [value])]
 
 
 def _excluded_by(action: argparse.Action, parser: argparse.ArgumentParser) -> set[str]:

@@ -86,15 +86,33 @@ def test_an_option_that_excludes_another_replaces_it(monkeypatch: pytest.MonkeyP
     assert (found.tls_psk, found.tls_certificates, found.tls_verify_peer) == ("keys.psk", None, True)
 
 
+def test_rules_of_variables_have_an_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first that fits decides: who is denied stays out, whatever else is allowed."""
+    monkeypatch.setenv("PYNBD_SERVE_ALLOW", "all")
+    monkeypatch.setenv("PYNBD_SERVE_DENY", "10.0.0.66 10.0.0.67")
+    monkeypatch.setenv("PYNBD_SERVE_ALLOW_READ_ONLY", "10.0.0.0/8")
+    rules = [("deny", "10.0.0.66"), ("deny", "10.0.0.67"), ("read-only", "10.0.0.0/8"), ("allow", "all")]
+    assert serve_arguments("-r").access == rules
+    assert serve_arguments("--allow", "unix").access == [("allow", "unix")]
+
+
 def test_every_option_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All long options but those that are not here; a variable that stood for none would be refused."""
-    actions = make_parser("serve").parse_args(["serve"])
+    """All long options but those that are not here; a variable that stands for none is refused."""
+    parser = make_parser("serve")
+    plain = serve_arguments()
+    (verbs,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     elsewhere = {name for names in ELSEWHERE for name in names}
-    for name in set(vars(actions)) - {"verb", "elsewhere"}:
-        assert f"--{name.replace('_', '-')}" not in elsewhere
-        monkeypatch.setenv(f"PYNBD_SERVE_{name.upper()}", CHOSEN.get(name, "1"))
-        assert getattr(serve_arguments(), name) != getattr(actions, name), name
-        monkeypatch.delenv(f"PYNBD_SERVE_{name.upper()}")
+    flags = {flag for flag in verbs.choices["serve"]._option_string_actions if flag.startswith("--")}
+    tried = 0
+    for action in verbs.choices["serve"]._actions:
+        flag = next((flag for flag in action.option_strings if flag in flags - elsewhere - {"--help"}), "")
+        if flag:
+            name = f"PYNBD_SERVE_{flag.removeprefix('--').replace('-', '_').upper()}"
+            monkeypatch.setenv(name, CHOSEN.get(action.dest, "1"))
+            assert getattr(serve_arguments(), action.dest) != getattr(plain, action.dest), name
+            monkeypatch.delenv(name)
+            tried += 1
+    assert tried > 40
 
 
 @pytest.mark.parametrize(
