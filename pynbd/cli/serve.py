@@ -238,6 +238,7 @@ def _add_tls_arguments(group: Group) -> None:
 def _add_life_arguments(group: Group) -> None:
     group.add_argument("-t", "--persistent", action="store_true", help="accepted; it keeps serving anyway")
     group.add_argument("--exit-last", action="store_true", help="stop when the last client has gone")
+    group.add_argument("--exit-with-parent", action="store_true", help="stop when the process that started it ends")
     group.add_argument("--run", metavar="CMD", help="run CMD in a shell with $uri set, and stop when it ends")
     group.add_argument("--fork", action="store_true", help="go to the background once clients can connect")
     group.add_argument("--pid-file", metavar="FILE", help="write the process id there once clients can connect")

@@ -166,6 +166,8 @@ def check_together(arguments: argparse.Namespace) -> None:
         raise OptionError(f"{vain} is said of a DISK on the command line; say it of the export in {arguments.config}")
     if arguments.fork and arguments.run is not None:
         raise OptionError("--fork and --run don't go together: whoever runs a command waits for it")
+    if arguments.fork and arguments.exit_with_parent:
+        raise OptionError("--fork and --exit-with-parent don't go together: in the background there is no parent")
 
 
 def named_disks(arguments: argparse.Namespace) -> list[tuple[str, str]]:

@@ -4,29 +4,49 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from pynbd.block.errors import BlockError
 from pynbd.cli.background import daemonize, pid_file, report_ready
 from pynbd.cli.failure import told, unexpected
 from pynbd.cli.given_sockets import given_sockets, without_addresses
 from pynbd.cli.greeting import greeting
+from pynbd.cli.reloading import Reload
 from pynbd.cli.serve_config import configuration
-from pynbd.cli.stopping import Stop
+from pynbd.cli.stopping import Stop, until_parent_has_gone
 from pynbd.server.activation import Handed
 from pynbd.server.config import Config
 from pynbd.server.loop import serving_loop
 from pynbd.server.service import Service, open_service
-
-if TYPE_CHECKING:
-    from pynbd.crypto.tls_credentials import TlsCredentials
+from pynbd.server.service_manager import ServiceManager
 
 LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
 
 log = logging.getLogger(__name__)
+
+
+class Start(NamedTuple):
+    """How a server was started.
+
+    Args:
+        arguments: those of the command line.
+        config: what to serve.
+        handed: sockets to serve at that were open already, if there are any.
+        manager: the service manager that wants to be told.
+        announce: where to tell the process that started us that clients can connect; None where that is no matter.
+        at_end: what is cleared away when all is closed, and also where that comes at once.
+    """
+
+    arguments: argparse.Namespace
+    config: Config
+    handed: Sequence[Handed]
+    manager: ServiceManager
+    announce: int | None
+    at_end: contextlib.ExitStack
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -34,24 +54,35 @@ def run(arguments: argparse.Namespace) -> int:
     logging.basicConfig(format="pynbd serve: %(message)s")
     for name in ("pynbd", "nbd_protocol"):
         logging.getLogger(name).setLevel(LEVELS[min(arguments.verbose, 2)])
+    manager = ServiceManager()
     try:
         with contextlib.ExitStack() as at_end:
             config = configuration(arguments, at_end)
             if arguments.check_config:
                 return say_good(config, arguments)
+            manager = ServiceManager.of(os.environ, os.getpid())
             handed = given_sockets(arguments)
             if handed:
                 config = without_addresses(config)
             announce = daemonize() if arguments.fork else None
             with asyncio.Runner(loop_factory=serving_loop) as runner:
-                return runner.run(serve(config, handed, arguments, announce, at_end))
+                return runner.run(serve(Start(arguments, config, handed, manager, announce, at_end)))
     except (OSError, BlockError) as problem:
-        print(f"pynbd serve: {told(problem)}", file=sys.stderr)
+        failed(told(problem), problem, manager)
     except Exception as problem:
         # Drivers are anybody's code. Its author finds the line in the message, and the way there with -vv.
-        print(f"pynbd serve: {unexpected(problem)}", file=sys.stderr)
+        failed(unexpected(problem), problem, manager)
         log.debug("how it came to that:", exc_info=problem)
+    finally:
+        manager.close()
     return 1
+
+
+def failed(text: str, problem: Exception, manager: ServiceManager) -> None:
+    """Say why it ends."""
+    print(f"pynbd serve: {text}", file=sys.stderr)
+    below = problem if isinstance(problem, OSError) else problem.__cause__
+    manager.failed(text, below.errno if isinstance(below, OSError) else None)
 
 
 def say_good(config: Config, arguments: argparse.Namespace) -> int:
@@ -62,21 +93,8 @@ def say_good(config: Config, arguments: argparse.Namespace) -> int:
     return 0
 
 
-async def serve(
-    config: Config,
-    handed: Sequence[Handed],
-    arguments: argparse.Namespace,
-    announce: int | None,
-    at_end: contextlib.ExitStack,
-) -> int:
+async def serve(start: Start) -> int:
     """Open, announce, serve until something says "stop", close.
-
-    Args:
-        config: what to serve.
-        handed: the sockets to serve at that we were started with, if there are any.
-        arguments: how.
-        announce: where to tell the process that started us that clients can connect.
-        at_end: what is cleared away when all is closed, and also where that comes at once.
 
     Returns:
         The exit status: 0, or that of the command of --run.
@@ -84,38 +102,34 @@ async def serve(
     Raises:
         OSError, BlockError: it could not begin, or something could not be flushed at the end; all is closed.
     """
+    arguments, at_end = start.arguments, start.at_end
     stop = Stop(at_end)
+    if arguments.exit_with_parent:
+        stop.after(until_parent_has_gone())
     async with contextlib.AsyncExitStack() as closing:
-        with stop.interrupting(announce):
-            service = await closing.enter_async_context(open_service(config, handed=handed))
+        with stop.interrupting(start.announce):
+            service = await closing.enter_async_context(open_service(start.config, handed=start.handed))
         at_end.callback(service.server.unlink_sockets)
         at_end.enter_context(pid_file(arguments.pid_file))
         if arguments.exit_last:
-            service.server.on_client_gone.append(lambda: None if service.server.connections else stop.requested.set())
-        if handed and not any(one.listens for one in handed):
+            service.server.on_client_gone.append(lambda: None if service.server.connections else stop.request())
+        if start.handed and not any(one.listens for one in start.handed):
             stop.after(service.server.until_idle())  # all clients that there will ever be are here
-        if not handed:
-            say_ready(service, config, arguments)
-        if service.server.tls is not None:
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload, service.server.tls.credentials)
-        if announce is not None:
-            report_ready(announce)
+        files = {"certificates and keys": service.server.tls.credentials.reload} if service.server.tls else {}
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, Reload(files, start.manager, stop))
+        if not start.handed:
+            say_ready(service, start.config, arguments)
+        if start.announce is not None:
+            report_ready(start.announce)
+        start.manager.follow(service.server)
+        start.manager.ready(os.getpid() if arguments.fork else None)
+        closing.callback(start.manager.stopping)
         if arguments.run is not None:
             from pynbd.cli.companion import run_command
 
-            return await run_command(arguments.run, service, stop, at_end, config.server.tls_certificates)
+            return await run_command(arguments.run, service, stop, at_end, start.config.server.tls_certificates)
         await stop.requested.wait()
     return 0
-
-
-def reload(credentials: "TlsCredentials") -> None:
-    """Take certificates and keys that have been replaced, for clients that come from now on."""
-    try:
-        credentials.reload()
-    except (OSError, BlockError) as problem:
-        log.error("the old certificates and keys stay in use: %s", told(problem))
-    else:
-        log.info("certificates and keys were read again")
 
 
 def say_ready(service: Service, config: Config, arguments: argparse.Namespace) -> None:

@@ -34,6 +34,10 @@ class Stop:
         if self.requested.is_set():
             self._at_end.close()
             os._exit(128 + number)
+        self.request()
+
+    def request(self) -> None:
+        """Stop in order."""
         self.requested.set()
         if self._opening is not None:
             self._opening.cancel()
@@ -41,7 +45,7 @@ class Stop:
     def after(self, work: Coroutine[Any, Any, None]) -> None:
         """Stop in order when this has ended."""
         task = asyncio.ensure_future(work)
-        task.add_done_callback(lambda _: self.requested.set())
+        task.add_done_callback(lambda _: self.request())
         self._awaited.append(task)
 
     @contextlib.contextmanager
@@ -68,3 +72,20 @@ class Stop:
             self._opening = None
             if announce is not None:
                 loop.remove_reader(announce)
+
+
+async def until_parent_has_gone() -> None:
+    """Wait until the process that has started us ends, however it does.
+
+    Raises:
+        OSError: the kernel can't tell (pidfd_open, Linux 5.3).
+    """
+    loop = asyncio.get_running_loop()
+    parent = os.pidfd_open(os.getppid())
+    gone = asyncio.Event()
+    loop.add_reader(parent, gone.set)
+    try:
+        await gone.wait()
+    finally:
+        loop.remove_reader(parent)
+        os.close(parent)

@@ -91,6 +91,7 @@ class NbdServer:
         self.limits = limits
         self.handshake_timeout_s = limits.handshake_timeout
         self.connections: set[Connection] = set()
+        self.on_client_come: list[Callable[[], None]] = []
         self.on_client_gone: list[Callable[[], None]] = []
         self.served = 0
         self._access = access or AccessList()
@@ -325,6 +326,8 @@ class NbdServer:
             connection.shut_down()
         if self._stall_timer is None:
             self._stall_timer = self._loop.call_later(self._stall_check_s, self._check_stalls)
+        for tell in list(self.on_client_come):
+            tell()
 
     def _gone(self, connection: Connection) -> None:
         log.info("%s: gone", connection.peer)

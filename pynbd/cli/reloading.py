@@ -1,0 +1,44 @@
+"""What SIGHUP does to a server: files are read again, which it does not read for each client."""
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+
+from pynbd.block.errors import BlockError
+from pynbd.cli.failure import told
+from pynbd.cli.stopping import Stop
+from pynbd.server.service_manager import ServiceManager
+
+log = logging.getLogger(__name__)
+
+
+class Reload:
+    """Reads files again when it is called.
+
+    Args:
+        files: what is read again, and how; what fails leaves everything as it was.
+        manager: told of it.
+        stop: asked for where SIGHUP means that the terminal is gone at which we were started.
+    """
+
+    def __init__(self, files: Mapping[str, Callable[[], None]], manager: ServiceManager, stop: Stop) -> None:
+        self._files = files
+        self._manager = manager
+        self._stop = stop
+        self._had_terminal = os.isatty(0)
+
+    def __call__(self) -> None:
+        if self._had_terminal and not os.isatty(0):
+            self._stop.request()
+            return
+        self._manager.reloading()
+        for name, read_again in self._files.items():
+            try:
+                read_again()
+            except (OSError, BlockError) as problem:
+                log.error("the old %s stay in use: %s", name, told(problem))
+            else:
+                log.info("%s were read again", name)
+        if not self._files:
+            log.info("there is nothing to be read again")
+        self._manager.ready()
