@@ -95,7 +95,7 @@ def test_device_of_nbdtab(guest: Guest, server: ServerUnderTest) -> None:
         f"nc -ll -p 10809 -e nc {HOST_ADDRESS} {server.port} >/tmp/relay 2>&1 &\n"
         "until netstat -tln | grep -q :10809; do :; done"
     )
-    guest.put_file("/etc/nbdtab", f"nbd0 127.0.0.1 {server.export_name} conns=2,bs=4096\n".encode())
+    guest.put_file("/etc/nbdtab", f"nbd0 127.0.0.1 {server.export_name} conns=2,bs=4096,timeout=30\n".encode())
     guest.run("nbd-client nbd0")
     assert is_attached(guest)
     assert queue_value(guest, "logical_block_size") == "4096"

@@ -40,6 +40,7 @@ def blockdev(server: ServerUnderTest, device: str) -> list[str]:
         "export": server.export_name,
         "discard": "unmap",
         "cache": {"direct": True},
+        "reconnect-delay": 60,
     }
     return ["-blockdev", json.dumps(node), "-device", device]
 
@@ -73,11 +74,11 @@ def test_filesystem_on_a_scsi_disk_outlives_a_reboot(
     check_image(server.disk, kept)
 
 
-def test_guest_moves_to_another_qemu_while_it_writes(
+def test_guest_that_writes_outlives_a_move_to_another_qemu_and_a_server_that_is_killed(
     kernel: Kernel, initramfs: Path, server: ServerUnderTest, tmp_path: Path
 ) -> None:
-    """Both have the export open; what was durable before the move and what was written after it are there."""
-    announce("migration")
+    """Both QEMUs have the export open; the second one waits for the server. All that was ever durable is there."""
+    announce("migration, reconnect-delay")
     options = blockdev(server, "virtio-blk-pci,drive=disk0")
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
@@ -90,10 +91,13 @@ def test_guest_moves_to_another_qemu_while_it_writes(
         here.move_to(there)
         assert not here.usable
         here.close()
+        server.kill()
+        server.start()
         before = int(there.run("wc -l </tmp/durable"))
         there.run(f"until test $(wc -l </tmp/durable) -gt {before + 2}; do :; done; touch /tmp/enough; wait")
         there.run(f"umount {MOUNT_POINT} && echo 3 >/proc/sys/vm/drop_caches && mount -t ext4 /dev/vda {MOUNT_POINT}")
         there.run(VERIFY_NUMBERED)
+        assert "I/O error" not in here.kernel_log() + there.kernel_log()
         there.run(f"umount {MOUNT_POINT} && e2fsck -f -n /dev/vda")
         there.power_off()
 
