@@ -10,6 +10,7 @@ from pynbd.formats.qcow2 import layout
 from pynbd.formats.qcow2.active_l1 import grow_l1
 from pynbd.formats.qcow2.header import build_fixed
 from pynbd.formats.qcow2.layout import COPIED, OFFSET_MASK, SUBCLUSTERS_ALL_ALLOCATED
+from pynbd.formats.qcow2.mapping import DATA, PACKED
 from pynbd.formats.qcow2.refcounts import Run
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ async def _grow(driver: "Qcow2", size: int, preallocation: Preallocation) -> Non
         raise OptionError(f"size: {size} bytes are too many for clusters of {image.cluster_size}: at most {most}")
     if preallocation is not Preallocation.OFF and "backing" in driver.node.children:
         raise unsupported(driver.node.name, "preallocation over a backing file")
+    if header.data_file_raw and preallocation is Preallocation.OFF:
+        preallocation = Preallocation.METADATA  # whoever writes to the data file alone is to be read here
     await grow_l1(image, entries)
     if header.has_data_file and driver.guest_file.size < size:
         await driver.guest_file.node.truncate(size, Preallocation.OFF, exact=False)
@@ -86,10 +89,18 @@ async def _grow(driver: "Qcow2", size: int, preallocation: Preallocation) -> Non
 async def _clear(driver: "Qcow2", old: int, size: int) -> None:
     """Let all between the old end and the new one read as zeroes."""
     backing = driver.node.children.get("backing")
-    below = backing.size if backing is not None else 0
-    end = min(max(round_up(old, driver.map.cluster), below), size)
-    if end > old:
-        await driver.writer.zero_alone(old, end)
+    if backing is not None and backing.size > old:
+        boundary = min(round_up(old, driver.map.unit), size)
+        await driver.writer.zeroes_as_data(old, boundary)
+        if boundary < size:
+            await driver.writer.zero_alone(boundary, size)
+        return
+    at, boundary = old, min(round_up(old, driver.map.cluster), size)
+    while at < boundary:
+        piece = await driver.map.piece(at, boundary)
+        if piece.kind in (DATA, PACKED):
+            await driver.writer.zeroes_as_data(at, piece.stop)
+        at = piece.stop
 
 
 async def _write_size(driver: "Qcow2") -> None:
@@ -103,7 +114,7 @@ async def _preallocate(driver: "Qcow2", old: int, size: int, preallocation: Prea
     image, cluster, node = driver.image, driver.map.cluster, driver.guest_file.node
     start = round_up(old, cluster)
     end = round_up(size, cluster)
-    if driver.header.has_data_file:
+    if driver.header.has_data_file and preallocation is not Preallocation.METADATA:
         await node.truncate(size, preallocation, exact=False)
     while start < end:
         within = min(end, round_down(start, driver.map.reach) + driver.map.reach)

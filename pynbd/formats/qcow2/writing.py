@@ -419,7 +419,7 @@ class Writer:
         self.image.check_fence()
         async with self.track(offset, end, exclusive=True):
             self._check_inside(offset, end)
-            if self.driver.header.version < 3 and not self._is_nothing_below(offset):
+            if self.driver.header.version < 3 and "backing" in self.driver.node.children:
                 raise unsupported(self.driver.node.name, "zeroes over a backing file in an image of compat 0.10")
             await self.zero_alone(offset, end, flags)
 
@@ -427,39 +427,73 @@ class Writer:
         """`write_zeroes` where nobody else is at work."""
         length = end - offset
         first, last = self._whole_units(offset, end)
-        if self.driver.header.version < 3 and not self._is_nothing_below(offset):
+        if self.driver.header.version < 3 and "backing" in self.driver.node.children:
             first = last = offset
-        parts = [
-            piece
-            for start, stop in (((offset, first), (last, end)) if first < last else ((offset, end),))
-            for piece in await self._nonzero(start, min(stop, end))
-        ]
+            parts = [(offset, end)]
+        else:
+            first, last, parts = await self._with_parts(offset, end, first, last)
         parts += await self._packed_in_part(first, last)
         if flags & NO_FALLBACK and parts:
             raise unsupported(self.driver.node.name, f"zeroes at {offset} for {length} bytes take writes of data")
         for start, stop in parts:
-            await self._zeroes_as_data(start, stop)
+            await self.zeroes_as_data(start, stop)
         if first < last:
             await self._zero_units(first, last, unmap=bool(flags & MAY_UNMAP))
         if self.driver.header.data_file_raw:
             await self.guest_file.write_zeroes(offset, length, flags & MAY_UNMAP)
 
-    async def _zeroes_as_data(self, offset: int, end: int) -> None:
+    async def _with_parts(self, offset: int, end: int, first: int, last: int) -> tuple[int, int, list[tuple[int, int]]]:
+        """What is to be done with a range whose whole units are [first, last).
+
+        Returns:
+            (first, last, parts): the same, with the units at either end that are covered in part, but read as zeroes
+            elsewhere; and the parts of the others.
+        """
+        if first >= last:
+            first = last = min(round_up(offset, self.unit), end)
+        parts = []
+        if offset < first:
+            if await self._is_zero_around(offset, first):
+                first = round_down(offset, self.unit)
+                last = max(last, round_up(first + 1, self.unit))
+            else:
+                parts.append((offset, first))
+        if last < end:
+            if await self._is_zero_around(last, end):
+                first, last = (first if first < last else last), last + self.unit
+            else:
+                parts.append((last, end))
+        return first, last, parts
+
+    async def _is_zero_around(self, offset: int, end: int) -> bool:
+        """Whether the unit that a range lies in holds no data, and reads as zeroes before and behind the range."""
+        base = round_down(offset, self.unit)
+        stop = min(base + self.unit, self.driver.size)
+        piece = await self.map.piece(offset, end)
+        if piece.kind == ZEROES:
+            return True
+        return (
+            piece.kind == NOWHERE and await self._is_zero_below(base, offset) and await self._is_zero_below(end, stop)
+        )
+
+    async def _is_zero_below(self, offset: int, end: int) -> bool:
+        """Whether a range of the backing file is known to read as zeroes."""
+        backing = self.driver.node.children.get("backing")
+        end = min(end, backing.size if backing is not None else 0)
+        while backing is not None and offset < end:
+            for extent in await backing.node.block_status(offset, end - offset):
+                if not extent.zero:
+                    return False
+                offset += extent.length
+        return True
+
+    async def zeroes_as_data(self, offset: int, end: int) -> None:
+        """Write zeroes, where nobody else is at work."""
         zeroes = memoryview(bytes(min(end - offset, ZERO_PIECE_BYTES)))
         while offset < end:
             stop = min(end, offset + len(zeroes))
             await self._write_alone(offset, zeroes[: stop - offset])
             offset = stop
-
-    async def _nonzero(self, offset: int, end: int) -> list[tuple[int, int]]:
-        """The parts of a range that do not read as zeroes, as far as that is known here."""
-        found = []
-        while offset < end:
-            piece = await self.map.piece(offset, end)
-            if piece.kind != ZEROES and not (piece.kind == NOWHERE and self._is_nothing_below(offset)):
-                found.append((offset, piece.stop))
-            offset = piece.stop
-        return found
 
     async def _packed_in_part(self, first: int, last: int) -> list[tuple[int, int]]:
         """Units of compressed clusters that are not covered whole: only data can be written there."""
@@ -484,10 +518,9 @@ class Writer:
             first = stop
 
     async def _zero_cluster(self, offset: int, *, unmap: bool) -> None:
-        entry, bitmap = await self.map.entry(offset)
-        if not entry and not bitmap and self._is_nothing_below(offset):
-            return  # reads as zeroes without any table
+        entry, _ = await self.map.entry(offset)
         keep = bool(entry & OFFSET_MASK or (self.has_data_file and entry)) and not unmap and not entry & COMPRESSED
+        # Also where nothing lies below: the image may come to lie over something else.
         if self.driver.header.version < 3:
             await self._set_entry(offset, 0, 0, give_up=True)
         elif self.map.extended:
