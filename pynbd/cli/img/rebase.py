@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pynbd.cli.img import arguments as common
@@ -16,7 +17,11 @@ if TYPE_CHECKING:
 
 PIECE_BYTES = 2 << 20
 STATUS_BYTES = 1 << 30
-MIN_UNIT_BYTES = 65536
+MIN_UNIT_BYTES = 64 << 10
+"""What is compared at a time."""
+
+SUBCLUSTERS, MIN_PIECE_BYTES = 32, 512
+"""Where units differ, the parts of a cluster that may be taken alone are compared."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,8 +88,7 @@ async def _keep_what_differs(graph: Graph, arguments: argparse.Namespace, node: 
                 if base is not None
                 else open_image(graph, name, format=arguments.backing_format, cache=arguments.source_cache)
             )
-        unit = max((await node.info()).cluster_size, MIN_UNIT_BYTES)
-        work = Rebase(image, old, new, base, unit)
+        work = Rebase(image, old, new, base, (await node.info()).cluster_size)
         with shown(image.size, lambda: work.done_bytes, wanted=arguments.progress and not arguments.quiet):
             await work.run()
             await image.backend.flush()
@@ -104,14 +108,15 @@ class Rebase:
         image: the image, still over its old backing file.
         old, new: what lies below it now and then, if anything does.
         base: the new one, if it is in the old one's chain: then what it holds shows through as before.
-        unit: bytes that are compared, and written if they differ.
+        cluster: bytes of one of the image's clusters.
     """
 
-    def __init__(self, image: Image, old: Image | None, new: Image | None, base: Node | None, unit: int) -> None:
+    def __init__(self, image: Image, old: Image | None, new: Image | None, base: Node | None, cluster: int) -> None:
         self.done_bytes = 0
         self._image, self._old, self._new = image, old, new
         self._base = base
-        self._unit = unit
+        self._unit = max(cluster, MIN_UNIT_BYTES)
+        self._piece = max(cluster // SUBCLUSTERS, MIN_PIECE_BYTES)
 
     async def run(self) -> None:
         """Write what has to be written.
@@ -161,19 +166,38 @@ class Rebase:
         return min(offset, end, self._base.size)
 
     async def _write_what_differs(self, offset: int, before: memoryview, after: memoryview) -> None:
-        """Whole units, those beside one another together."""
-        position, start = 0, None
-        while position < len(before):
-            stop = min(len(before), position + self._unit - (offset + position) % self._unit)
-            same = bytearray(before[position:stop]) == after[position:stop]
-            if not same and start is None:
-                start = position
-            if same and start is not None:
-                await self._image.backend.write(offset + start, before[start:position])
-                start = None
-            position = stop
-        if start is not None:
-            await self._image.backend.write(offset + start, before[start:])
+        """Pieces that differ, those beside one another together."""
+        start = end = 0
+        for first, last in self._differing(offset, before, after):
+            if first != end:
+                await self._write(offset + start, before[start:end])
+            start, end = (start if first == end else first), last
+        await self._write(offset + start, before[start:end])
+
+    async def _write(self, offset: int, data: memoryview) -> None:
+        from pynbd.block.node import is_zero
+
+        if data and is_zero(data):
+            await self._image.backend.write_zeroes(offset, len(data), 0)
+        elif data:
+            await self._image.backend.write(offset, data)
+
+    def _differing(self, offset: int, before: memoryview, after: memoryview) -> Iterator[tuple[int, int]]:
+        """[start, end) of all pieces that are not the same, found in two steps."""
+        for first, last in _unequal(before, after, (0, len(before)), self._unit, offset):
+            yield from _unequal(before, after, (first, last), self._piece, offset)
+
+
+def _unequal(
+    before: memoryview, after: memoryview, within: tuple[int, int], unit: int, offset: int
+) -> Iterator[tuple[int, int]]:
+    """[start, end) of all units of the disk that are not the same in a part of two buffers, which begin at `offset`."""
+    start, end = within
+    while start < end:
+        stop = min(end, start + unit - (offset + start) % unit)
+        if bytearray(before[start:stop]) != after[start:stop]:
+            yield start, stop
+        start = stop
 
 
 async def _read(image: Image | None, offset: int, into: memoryview) -> None:
