@@ -105,14 +105,12 @@ class Qcow2(ClusterReader):
         if header.backing_file:
             named["backing"] = self._description(header.backing_file, header.backing_format)
         if header.has_data_file and header.data_file:
-            named["data-file"] = {"driver": "file", "filename": self._full_name(header.data_file)}
+            # Unlike that of a backing file, QEMU takes its name as it is, wherever the image lies.
+            named["data-file"] = {"driver": "file", "filename": header.data_file}
         return named
 
-    def _full_name(self, name: str) -> str:
-        return named_from(self.file.node.filename(), name)
-
     def _description(self, name: str, format: str | None) -> Any:
-        full = self._full_name(name)
+        full = named_from(self.file.node.filename(), name)
         if full.startswith("json:"):
             return full
         return {"driver": format, "file": {"filename": full}} if format else {"filename": full}
