@@ -14,13 +14,12 @@ from pynbd.block.driver import Preallocation
 from pynbd.block.errors import OptionError
 from pynbd.block.families import Progress
 from pynbd.block.options import OnOff, Size
-from pynbd.formats.qcow2 import layout, resizing
+from pynbd.formats.qcow2 import downgrade, layout, resizing
 from pynbd.formats.qcow2.creation import COMPATS, counting_clusters
 from pynbd.formats.qcow2.encrypt_options import EncryptAmendOptions
-from pynbd.formats.qcow2.layout import OFFSET_MASK, Autoclear, Compatible, CryptMethod, Incompatible
+from pynbd.formats.qcow2.layout import Autoclear, Compatible, CryptMethod, Incompatible
 from pynbd.formats.qcow2.refcounts import TYPECODES, Refcounts, Run, pack
 from pynbd.formats.qcow2.tables import to_disk
-from pynbd.formats.qcow2.writing import ZERO_PIECE_BYTES
 
 if TYPE_CHECKING:
     from pynbd.formats.qcow2.driver import Qcow2
@@ -58,15 +57,15 @@ async def amend(driver: "Qcow2", changes: Mapping[str, Any], progress: Progress)
     image, header = driver.image, driver.header
     image.check_fence()
     version = COMPATS[wanted.compat] if wanted.compat is not None else header.version
-    _check(driver, wanted, version)
+    await _check(driver, wanted, version)
     if version > header.version:
         await _upgrade(driver)
     if wanted.encrypt is not None:
         await _amend_keys(driver, wanted.encrypt)
     if wanted.data_file is not None or wanted.data_file_raw is not None:
         await _change_data_file(driver, wanted)
-    if wanted.lazy_refcounts is not None:
-        await _set_lazy(driver, on=wanted.lazy_refcounts)
+    if wanted.lazy_refcounts is not None or (version < 3 and header.lazy_refcounts):
+        await _set_lazy(driver, on=bool(wanted.lazy_refcounts))
     if wanted.refcount_bits is not None and wanted.refcount_bits != header.refcount_bits:
         await change_refcount_bits(driver, wanted.refcount_bits, progress)
     if wanted.backing_file is not None or wanted.backing_fmt is not None:
@@ -76,11 +75,11 @@ async def amend(driver: "Qcow2", changes: Mapping[str, Any], progress: Progress)
     if wanted.size is not None and wanted.size != driver.size:
         await driver.node.truncate(wanted.size, Preallocation.OFF)
     if version < header.version:
-        await _downgrade(driver, progress)
+        await downgrade.carry_out(driver, progress)
     progress(1, 1)
 
 
-def _check(driver: "Qcow2", wanted: Qcow2AmendOptions, version: int) -> None:
+async def _check(driver: "Qcow2", wanted: Qcow2AmendOptions, version: int) -> None:
     """Whether all changes can be made, before any of them is.
 
     Raises:
@@ -88,20 +87,14 @@ def _check(driver: "Qcow2", wanted: Qcow2AmendOptions, version: int) -> None:
     """
     header = driver.header
     bits = header.refcount_bits if wanted.refcount_bits is None else wanted.refcount_bits
-    lazy = header.lazy_refcounts if wanted.lazy_refcounts is None else wanted.lazy_refcounts
     if not 1 <= bits <= 64 or bits & (bits - 1):
         raise OptionError(f"refcount_bits: {bits} is no power of two from 1 to 64")
     if version < 3 and bits != 16:
         raise OptionError(f"compat=0.10 needs refcount_bits=16 (it is {bits})")
-    if version < 3 and lazy:
+    if version < 3 and wanted.lazy_refcounts:
         raise OptionError("compat=0.10 knows no lazy_refcounts: switch it off")
-    kept = header.incompatible & ~Incompatible.DIRTY
-    if version < 3 and kept:
-        names = ", ".join(str(feature.name).lower().replace("_", " ") for feature in Incompatible if feature in kept)
-        raise OptionError(f"compat=0.10 does not know what this image uses: {names}")
-    if version < 3 <= header.version and (header.nb_snapshots or header.crypt_method == CryptMethod.LUKS):
-        what = "snapshots" if header.nb_snapshots else "LUKS"
-        raise OptionError(f"an image with {what} can't become one of compat 0.10")
+    if version < 3 <= header.version:
+        await downgrade.check(driver)
     if (wanted.data_file is not None or wanted.data_file_raw is not None) and not header.has_data_file:
         raise OptionError("data_file: the image keeps its data in itself, which can't be changed")
     if wanted.data_file_raw and not header.data_file_raw:
@@ -120,38 +113,6 @@ async def _upgrade(driver: "Qcow2") -> None:
     await driver.snapshots.rewrite()  # version 3 demands more of each entry
     await driver.image.write_header()
     driver.map.header_changed()
-
-
-async def _downgrade(driver: "Qcow2", progress: Progress) -> None:
-    header, image = driver.header, driver.image
-    await image.set_dirty(on=False)
-    await _expand_zeroes(driver, progress)
-    await image.commit_all()
-    header.version, header.header_length, header.additional = 2, layout.V2_HEADER_BYTES, b""
-    header.compatible, header.autoclear, header.feature_names = Compatible(0), Autoclear(0), {}
-    header.bitmaps = None
-    await image.write_header()
-    driver.map.header_changed()
-
-
-async def _expand_zeroes(driver: "Qcow2", progress: Progress) -> None:
-    """Give up zero clusters, or fill them with zeroes where something would show through."""
-    image, cluster, reach = driver.image, driver.map.cluster, driver.map.reach
-    zeroes = memoryview(bytes(min(cluster, ZERO_PIECE_BYTES)))
-    for l1_index, l1_entry in enumerate(list(image.l1)):
-        progress(l1_index, len(image.l1))
-        if not l1_entry & OFFSET_MASK:
-            continue
-        table = await image.l2_table(l1_index)
-        for index, entry in enumerate(list(table.words)):
-            if entry & layout.COMPRESSED or not entry & layout.ZERO:
-                continue
-            offset = l1_index * reach + index * cluster
-            await driver.writer.forget(offset, offset + cluster)
-            end = min(offset + cluster, driver.size)
-            if "backing" in driver.node.children:
-                for start in range(offset, end, len(zeroes)):
-                    await driver.writer.write(start, zeroes[: end - start])
 
 
 async def _set_lazy(driver: "Qcow2", *, on: bool) -> None:

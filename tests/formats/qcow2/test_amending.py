@@ -11,7 +11,7 @@ import pytest
 from pynbd.block.errors import OptionError
 from pynbd.block.graph import Graph
 from tests.formats.qcow2.test_creation import told
-from tests.formats.qcow2.workload import Workload, in_file, is_sound, made, read_by_qemu
+from tests.formats.qcow2.workload import Workload, in_file, is_sound, made, read_by_qemu, snapshot_by_qemu
 from tests.peers import require_tool, run
 
 SIZE = 1 << 20
@@ -59,6 +59,57 @@ async def test_changed_and_sound(graph: Graph, tmp_path: Path, before: str, afte
     run(require_tool("qemu-img"), "amend", "-o", after, twin)
     ours, theirs = told(path), told(twin)
     assert ours == theirs
+
+
+@pytest.mark.parametrize("backed", [False, True])
+async def test_snapshots_are_kept_in_an_image_of_the_old_version(graph: Graph, tmp_path: Path, backed: bool) -> None:
+    """With their zero clusters: those that have a place, which may be another one's data, and those that have none."""
+    base = tmp_path / "base.raw"
+    base.write_bytes(random.Random(2).randbytes(SIZE))
+    path = made(tmp_path, "cluster_size=4k", SIZE, base if backed else None)
+    qemu_io, qemu_img = require_tool("qemu-io"), require_tool("qemu-img")
+    run(qemu_io, "-c", "write -P 1 0 64k", "-c", "write -z 8k 8k", "-c", "write -z 256k 8k", path)
+    run(qemu_img, "snapshot", "-c", "s0", path)
+    run(qemu_io, "-c", "write -z 32k 8k", "-c", "write -z -u 48k 4k", path)
+    for name in ("s1", "s2"):
+        run(qemu_img, "snapshot", "-c", name, path)
+    run(qemu_io, "-c", "write -P 2 8k 1k", "-c", "discard 256k 4k", "-c", "write -z 2k 4k", path)
+    held = {name: snapshot_by_qemu(path, name) for name in ("s0", "s1", "s2")}
+    content = read_by_qemu(path)
+    assert await amended(graph, path, content, {"compat": "0.10"}) != content  # it was written to
+    assert is_sound(path)
+    assert told(path)["format-specific"]["data"]["compat"] == "0.10"
+    assert {name: snapshot_by_qemu(path, name) for name in held} == held
+    run(qemu_img, "snapshot", "-a", "s1", path)
+    assert is_sound(path)
+    assert read_by_qemu(path) == held["s1"]
+    for name in held:
+        run(qemu_img, "snapshot", "-d", name, path)
+        assert is_sound(path)
+
+
+async def test_snapshots_that_the_old_version_can_not_tell_of(graph: Graph, tmp_path: Path) -> None:
+    path = made(tmp_path, "", SIZE)
+    run(require_tool("qemu-img"), "snapshot", "-c", "one", path)
+    run(require_tool("qemu-img"), "resize", "-q", path, "2M")
+    work = await Workload.opened(graph, in_file(path), b"", seed=1)
+    with pytest.raises(OptionError, match="'one' is of a disk of 1048576 bytes"):
+        await work.driver.amend({"compat": "0.10"})
+    await work.close()
+    assert is_sound(path)
+
+
+async def test_another_compression_goes_where_nothing_is_compressed(graph: Graph, tmp_path: Path) -> None:
+    path = made(tmp_path, "compression_type=zstd", SIZE)
+    run(require_tool("qemu-io"), "-c", "write -c -P 1 0 64k", path)
+    work = await Workload.opened(graph, in_file(path), b"", seed=1)
+    with pytest.raises(OptionError, match="compression"):
+        await work.driver.amend({"compat": "0.10"})
+    await work.backend.discard(0, 65536)
+    await work.driver.amend({"compat": "0.10"})
+    await work.close()
+    assert is_sound(path)
+    assert told(path)["format-specific"]["data"]["compat"] == "0.10"
 
 
 async def test_size_and_backing_file(graph: Graph, tmp_path: Path) -> None:
