@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 BACKLOG = 1024
 """Connections that the kernel keeps until they are accepted."""
 
-MAX_ACCEPTS = 64
+MAX_ACCEPTS = 8
 """Clients that are accepted in a row: those who are served already have their turn between."""
 
 DEFAULT_MAX_CLIENTS = 1024

@@ -17,7 +17,7 @@ from tests.fuzz.targets import TARGETS, ServerEnd
 from tests.peers import ROOT, require_tool
 
 CORPUS = Path(__file__).parent / "corpus"
-SECONDS = 15
+SECONDS = 8
 
 
 def inputs_of(target: str) -> Iterator[bytes]:
