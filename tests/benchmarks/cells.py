@@ -64,6 +64,9 @@ CELLS: Sequence[Cell] = (
         if name not in ("write-4k-fua", "write-4k-flush32")
     ),
     Cell("python-read-4k-d32", Fio("randread", 4 * KIB, 32), Disk.PYTHON, _against(4)),
+    Cell("tls-read-1m-d8", Fio("read", MIB, 8, tls=True), Disk.TLS, _against(1.0, 1.0)),
+    Cell("tls-write-1m-d8", Fio("write", MIB, 8, tls=True), Disk.TLS, _against(1.0, 1.0)),
+    Cell("tls-read-4k-d32", Fio("randread", 4 * KIB, 32, tls=True), Disk.TLS, _against(1.0, 1.0)),
     Cell("qcow2-read-4k-d32", Fio("randread", 4 * KIB, 32), Disk.IMAGE, {"qemu-nbd": 3}),
     Cell("qcow2-write-4k-d32", Fio("randwrite", 4 * KIB, 32), Disk.IMAGE, {"qemu-nbd": 2}),
     Cell("qcow2-read-1m-d8", Fio("randread", MIB, 8), Disk.IMAGE, {"qemu-nbd": 1.5}),

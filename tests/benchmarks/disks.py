@@ -6,6 +6,8 @@ import json
 import os
 import random
 import shutil
+import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +62,24 @@ class Disks:
         """A qcow2 image in which nothing is allocated."""
         return self.folder / "empty.qcow2"
 
+    @property
+    def home(self) -> Path:
+        """What fio is told to be its home: where libnbd looks for certificates, and another user may look as well."""
+        return Path(tempfile.gettempdir()) / f"pynbd-benchmarks-{os.getpid()}"
+
+    @property
+    def certificates(self) -> Path:
+        """Certificates of a server and a client, and of the authority for both."""
+        return self.home / ".pki" / "libnbd"
+
+    def make_certificates(self) -> None:
+        """Write them, if they are not there yet."""
+        if self.certificates.exists():
+            return
+        run(sys.executable, "-m", "pynbd", "certs", self.certificates)
+        for path in (self.home, *self.home.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+
     def make_images(self) -> None:
         """Write the qcow2 images, if they are not there yet."""
         if self.chain[-1].exists():
@@ -96,6 +116,7 @@ class Disks:
     def remove(self) -> None:
         """Delete the folder with all files."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.home, ignore_errors=True)
 
 
 def settle(path: Path) -> None:

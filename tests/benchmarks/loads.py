@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import struct
@@ -31,6 +32,9 @@ WARM_UP_S = 0.15
 PROBE_REQUESTS = 256
 """So many requests tell how many qemu-img bench can do in the time it is given; it counts requests, not seconds."""
 
+NOBODY = 65534
+"""A user who owns nothing."""
+
 LAST_REQUEST = 1_000_000
 """The most requests that qemu-img bench is ever given."""
 
@@ -57,6 +61,11 @@ class Place:
         """Run a client program, confined to the processors meant for it."""
         pinned = ["taskset", "--cpu-list", self.client_cpus] if self.client_cpus else []
         return run(*pinned, *command, timeout_s=timeout_s)
+
+
+def tls_uri(peer: Peer) -> str:
+    """Where a server is reached through TLS."""
+    return peer.uri().replace("nbd://", "nbds://", 1)
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,10 @@ class Load(Protocol):
 
 @dataclass(frozen=True)
 class Fio:
-    """fio's nbd engine, over one connection or several."""
+    """fio's nbd engine, over one connection or several.
+
+    With `tls` it runs as a user without rights: only then does libnbd look for certificates in its home.
+    """
 
     rw: str
     block_bytes: int
@@ -108,6 +120,7 @@ class Fio:
     flush_every: int = 0
     offset: int = 0
     area_bytes: int | None = None
+    tls: bool = False
     higher_is_better: bool = True
     client: Client = Client.LIBNBD
 
@@ -132,9 +145,11 @@ class Fio:
     def measure(self, place: Place) -> Sample:
         """Read or write for the given time."""
         cpu_before_s = process.cpu_seconds(place.peer.pid)
-        out = place.client(
-            *self.command(place.peer.uri(), place.size_bytes, place.seconds), timeout_s=place.seconds + 60
-        )
+        command = self.command(tls_uri(place.peer) if self.tls else place.peer.uri(), place.size_bytes, place.seconds)
+        if self.tls:
+            nobody = ["setpriv", f"--reuid={NOBODY}", "--clear-groups"] if os.geteuid() == 0 else []
+            command = ["env", "-C", str(place.disks.home), f"HOME={place.disks.home}", *nobody, *command]
+        out = place.client(*command, timeout_s=place.seconds + 60)
         # The warm-up is not in fio's count of requests, but in the server's processor time.
         counted = place.seconds / (place.seconds + WARM_UP_S)
         return self.sample(out, (process.cpu_seconds(place.peer.pid) - cpu_before_s) * counted, place.peer.pid)

@@ -27,6 +27,7 @@ from tests.benchmarks.loads import (
     Start,
     fill,
     start_to_first_read,
+    tls_uri,
 )
 from tests.benchmarks.servers import MEMORY_BYTES, Disk, Server, Setup
 from tests.peers import SYSTEM_PATH, CommandError, Peer, run
@@ -177,15 +178,18 @@ class Run:
             row.samples.setdefault(name, []).append(sample)
 
 
+ON_RANDOM = (Disk.RANDOM, Disk.FILTERED, Disk.TLS)
+"""Disks whose data are in the raw file of random data."""
+
 IMAGES = (Disk.IMAGE, Disk.EMPTY_IMAGE, Disk.CHAIN)
 """Disks in qcow2 images; what the machine could do without the format says nothing of them."""
 
 
 def _limit(cell: Cell, run_: Run) -> Sample | None:
     setup, plan = run_.setup, run_.plan
-    if cell.disk in IMAGES:
+    if cell.disk in IMAGES or cell.disk is Disk.TLS:
         return None
-    on_file = cell.disk in (Disk.RANDOM, Disk.FILTERED)
+    on_file = cell.disk in ON_RANDOM
     path, size_bytes = (setup.disks.random, setup.disks.size_bytes) if on_file else (None, MEMORY_BYTES)
     seconds = plan.seconds * LIMIT_PART
     sample = limit(cell.load, path=path, size_bytes=size_bytes, tcp=setup.tcp, seconds=seconds, pin=plan.pin)
@@ -205,7 +209,7 @@ def _one(row: Row, server: Server, run_: Run) -> Sample:
     with _served(cell, server, setup, plan) as (peer, size_bytes):
         run_.commands.setdefault(f"{server.name} {cell.disk.name.lower()}", " ".join(peer.command))
         if server.name not in row.replies and not isinstance(cell.load, Memory):
-            row.replies[server.name] = _replies(peer, cell.load.client)
+            row.replies[server.name] = _replies(peer, cell, setup)
         for path in files:
             row.resident(server.name, warm(path, _fincore()))
         sample = cell.load.measure(Place(peer, setup.disks, size_bytes, plan.seconds, "1" if plan.pin else ""))
@@ -224,7 +228,7 @@ def _files(cell: Cell, setup: Setup) -> list[Path]:
     disks = setup.disks
     if cell.disk is Disk.CHAIN:
         return disks.chain
-    return {Disk.RANDOM: [disks.random], Disk.FILTERED: [disks.random], Disk.IMAGE: [disks.image]}.get(cell.disk, [])
+    return {Disk.IMAGE: [disks.image]}.get(cell.disk, [disks.random] if cell.disk in ON_RANDOM else [])
 
 
 @contextlib.contextmanager
@@ -248,11 +252,14 @@ def _brief(text: str) -> str:
     return textwrap.shorten(" … ".join(lines if len(lines) < 3 else [lines[0], lines[-1]]), LONGEST_REMARK)
 
 
-def _replies(peer: Peer, client: Client) -> str:
+def _replies(peer: Peer, cell: Cell, setup: Setup) -> str:
     """Which replies a server negotiates with this client: simple, structured or extended."""
+    client = cell.load.client
     if client is Client.LIBNBD:
+        tls = cell.disk is Disk.TLS
+        uri = f"{tls_uri(peer)}?tls-certificates={setup.disks.certificates}" if tls else peer.uri()
         # fio's engine, nbdcopy and nbdinfo are all libnbd: what the one negotiates, the others do.
-        told = json.loads(run("nbdinfo", "--json", peer.uri()))
+        told = json.loads(run("nbdinfo", "--json", uri))
         return "extended" if told.get("extended") else "structured" if told["structured"] else "simple"
     if client is Client.OWN:
         return "simple"

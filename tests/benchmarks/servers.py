@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
@@ -30,6 +30,7 @@ class Disk(Enum):
 
     RANDOM = "a raw file of random data"
     FILTERED = "the same under three filters that pass all through"
+    TLS = "the same through TLS, over TCP"
     SPARSE = "a sparse file of 1 TiB"
     MEMORY = "memory"
     PYTHON = "a user's driver in Python"
@@ -105,12 +106,38 @@ def _sparse(setup: Setup) -> Path:
     return setup.disks.sparse
 
 
+def _tls(serve: Callable[[Setup, Path], AbstractContextManager[peers.Peer]]) -> Serve:
+    """Over TCP in any case: certificates are for the names of hosts."""
+
+    def serve_with_certificates(setup: Setup) -> AbstractContextManager[peers.Peer]:
+        setup.disks.make_certificates()
+        return serve(replace(setup, tcp=True), setup.disks.certificates)
+
+    return serve_with_certificates
+
+
+def _pynbd_tls(setup: Setup, certificates: Path) -> AbstractContextManager[peers.Peer]:
+    return _pynbd("-f", "raw", "--tls-certificates", certificates, disk=lambda setup: [_random(setup)])(setup)
+
+
+def _nbdkit_tls(setup: Setup, certificates: Path) -> AbstractContextManager[peers.Peer]:
+    options = ["--tls=require", f"--tls-certificates={certificates}"]
+    return peers.nbdkit("file", _random(setup), options=options, tcp=True)
+
+
+def _qemu_nbd_tls(setup: Setup, certificates: Path) -> AbstractContextManager[peers.Peer]:
+    credentials = f"tls-creds-x509,id=tls0,endpoint=server,verify-peer=off,dir={certificates}"
+    options = ["--object", credentials, "--tls-creds", "tls0"]
+    return peers.qemu_nbd(_random(setup), *options, tcp=True, clients=QEMU_CLIENTS)
+
+
 PYNBD = Server(
     "pynbd",
     sys.executable,
     {
         Disk.RANDOM: _pynbd("-f", "raw", disk=lambda setup: [_random(setup)]),
         Disk.FILTERED: _pynbd("-f", "raw", *["--filter", "nofilter"] * 3, disk=lambda setup: [_random(setup)]),
+        Disk.TLS: _tls(_pynbd_tls),
         Disk.SPARSE: _pynbd("-f", "raw", disk=lambda setup: [_sparse(setup)]),
         Disk.MEMORY: _pynbd(disk=lambda _: [f"driver=memory,size={MEMORY_BYTES}"]),
         Disk.PYTHON: _pynbd(disk=lambda _: [PYTHON_DISKS / "for_pynbd.py"]),
@@ -127,6 +154,7 @@ PEERS = (
         {
             Disk.RANDOM: _nbdkit("file", _random),
             Disk.FILTERED: _nbdkit("file", _random, filters=3),
+            Disk.TLS: _tls(_nbdkit_tls),
             Disk.SPARSE: _nbdkit("file", _sparse),
             Disk.MEMORY: _nbdkit("memory", lambda _: str(MEMORY_BYTES)),
             Disk.PYTHON: _nbdkit("python", lambda _: PYTHON_DISKS / "for_nbdkit.py"),
@@ -137,6 +165,7 @@ PEERS = (
         "qemu-nbd",
         {
             Disk.RANDOM: _qemu_nbd(_random),
+            Disk.TLS: _tls(_qemu_nbd_tls),
             Disk.SPARSE: _qemu_nbd(_sparse),
             Disk.IMAGE: _qemu_nbd(lambda setup: setup.disks.image, "qcow2"),
             Disk.EMPTY_IMAGE: _qemu_nbd(lambda setup: setup.disks.empty_image, "qcow2"),
