@@ -113,7 +113,7 @@ def _add_disk_arguments(group: Group) -> None:
         "--aio",
         choices=("threads", "native", "io_uring"),
         metavar="MODE",
-        help="threads, native, io_uring: accepted; all are served alike",
+        help="threads, native, io_uring: accepted; the option aio of the driver file is what counts",
     )
     group.add_argument(
         "--discard",

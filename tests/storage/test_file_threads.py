@@ -39,7 +39,7 @@ async def test_what_is_cached_is_read_in_place(disk: Path, open_disk: OpenDisk, 
 async def test_what_is_not_cached_is_read_by_threads(disk: Path, open_disk: OpenDisk, jobs: list[object]) -> None:
     """Many misses at once make one job per worker."""
     content = disk.read_bytes()
-    async with open_disk(description(disk)) as backend:
+    async with open_disk(description(disk, aio="threads")) as backend:
         jobs.clear()
         evict(disk)
         if linux.resident_bytes(backend.node.driver._fd, 0, SIZE):  # type: ignore[attr-defined]  # a File
@@ -69,7 +69,7 @@ async def test_overlay_reads_by_threads(overlayfs: Path, open_disk: OpenDisk, jo
     path = overlayfs / "disk.raw"
     content = random.Random(3).randbytes(SIZE)
     path.write_bytes(content)
-    async with open_disk(description(path)) as backend:
+    async with open_disk(description(path, aio="threads")) as backend:
         if backend.locate(0, 1) is not None:
             pytest.skip("this kernel's overlayfs has RWF_NOWAIT")
         jobs.clear()
