@@ -75,6 +75,29 @@ async def read_directory(image: Image) -> list[StoredBitmap]:
     return list(found.values())
 
 
+def split_directory(data: bytes) -> list[tuple[int, bytes]]:
+    """(offset in the directory, name) of all its entries, up to the first whose length can't be."""
+    found, at = [], 0
+    while at + layout.BITMAP_BYTES <= len(data):
+        fields = layout.parsed(layout.BITMAP, data, at)
+        name_at = at + layout.BITMAP_BYTES + fields.extra_data_size
+        end = name_at + fields.name_size
+        if end > len(data) or not 1 <= fields.name_size <= layout.MAX_BITMAP_NAME_BYTES:
+            break
+        found.append((at, data[name_at:end]))
+        at = round_up(end, 8)
+    return found
+
+
+def parse_entry(data: bytes, at: int, start: int, image: Image) -> StoredBitmap:
+    """The entry that begins at a byte of the directory, which itself begins at `start` in the file.
+
+    Raises:
+        ImageError: it is not as the format demands.
+    """
+    return _parse_entry(data, at, start, image)[0]
+
+
 def _parse_entry(data: bytes, at: int, start: int, image: Image) -> tuple[StoredBitmap, int]:
     """(entry, where it ends) of an entry that begins at a byte of the directory."""
     offset = start + at

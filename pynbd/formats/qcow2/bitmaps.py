@@ -105,16 +105,40 @@ class BitmapStore:
             header.bitmaps = None
             await image.write_header()
             return
-        image.note_metadata(pointer.directory_offset, pointer.directory_size)
-        for entry in self.entries:
-            for offset, length in await self._places(entry):
-                image.note_metadata(offset, length)
+        await self._note_metadata(pointer)
         # A flag lies in one sector, and each is good without the others: they can be set where they are.
         marked = [self._marked(entry) for entry in self.entries]
         if marked != self.entries:
             self.entries = marked
             await image.write_metadata(pointer.directory_offset, build_directory(marked))
             await image.file.flush()
+
+    async def _note_metadata(self, pointer: BitmapsPointer) -> None:
+        """Nobody is to take the places of bitmaps for his data."""
+        self.image.note_metadata(pointer.directory_offset, pointer.directory_size)
+        for entry in self.entries:
+            for offset, length in await self._places(entry):
+                self.image.note_metadata(offset, length)
+
+    async def look_again(self) -> None:
+        """The image was repaired while it is open: what it says of bitmaps may lie elsewhere.
+
+        Those of the node stay as they are; they are stored instead when it is closed.
+
+        Raises:
+            OSError: it can't be read.
+        """
+        header = self.image.header
+        self.entries, self.directory = [], None
+        if header.bitmaps is None or Autoclear.BITMAPS not in header.autoclear:
+            return
+        try:
+            self.entries = await read_directory(self.image)
+        except ImageError as problem:
+            log.warning("%s; its clusters are lost until the image is repaired", problem)
+            return
+        self.directory = header.bitmaps
+        await self._note_metadata(header.bitmaps)
 
     @staticmethod
     def _marked(entry: StoredBitmap) -> StoredBitmap:

@@ -6,7 +6,7 @@ it; then the image is examined once more, so that what is told of as mended is.
 
 from pynbd.block.errors import BlockError
 from pynbd.block.families import CheckResult, Progress, Repair, no_progress
-from pynbd.formats.qcow2 import check_repair
+from pynbd.formats.qcow2 import check_lists, check_repair
 from pynbd.formats.qcow2.check_examination import Examination
 from pynbd.formats.qcow2.image import Image
 
@@ -39,9 +39,11 @@ async def _mend(image: Image, repair: Repair, progress: Progress) -> CheckResult
     if repair is Repair.ALL and await check_repair.mend_entries(image, found):
         found = Examination(image, progress)
         await found.run()
-    await _mend_counts(image, found, repair)
-    after = Examination(image, progress)
-    result = await after.run()
+    after, result = await _with_right_counts(image, found, repair, progress)
+    if repair is Repair.ALL and not result.check_errors and await check_lists.mend_lists(image, after):
+        found = Examination(image, progress)
+        await found.run()
+        after, result = await _with_right_counts(image, found, repair, progress)
     result.corruptions_fixed = max(first.corruptions - first_flags - (result.corruptions - after.wrong_flags), 0)
     result.leaks_fixed = max(first.leaks - result.leaks, 0)
     if repair is Repair.ALL and not result.check_errors and result.corruptions == after.wrong_flags:
@@ -54,6 +56,15 @@ async def _mend(image: Image, repair: Repair, progress: Progress) -> CheckResult
     left = result.messages if result.corruptions or result.leaks or result.check_errors else []
     result.messages = first.messages + [f"still: {line}" for line in left]
     return result
+
+
+async def _with_right_counts(
+    image: Image, found: Examination, repair: Repair, progress: Progress
+) -> tuple[Examination, CheckResult]:
+    """Mend counts, and look again."""
+    await _mend_counts(image, found, repair)
+    after = Examination(image, progress)
+    return after, await after.run()
 
 
 async def _mend_counts(image: Image, found: Examination, repair: Repair) -> None:

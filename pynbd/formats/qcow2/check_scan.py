@@ -153,6 +153,8 @@ class Scan:
         """The refcount structures must be made anew."""
         self.uncounted = False
         """Something wrong may refer to clusters that seem to leak: none must be given up."""
+        self.wrong_snapshots = self.wrong_bitmaps = False
+        """The snapshot table, or what belongs to bitmaps, must be written anew."""
         self._words_left = MAX_TABLE_WORDS
         self._mends_left = MAX_MENDS
 
@@ -325,6 +327,7 @@ class Scan:
                 problem = f"entry {number} of the snapshot table has {extra} bytes of extra data, expected {wanted}"
                 self.findings.corruption(problem)
                 self.uncounted = True  # what follows may be no entry
+                self.wrong_snapshots = True
             place = L1Place(place_at, size)
             if place.offset & (self.cluster - 1):
                 self.uncounted = True
@@ -345,7 +348,7 @@ class Scan:
     async def _bitmaps(self, offset: int, length: int) -> None:
         """The bitmap directory, the tables, and the bitmaps' bits."""
         if not self._metadata(offset, length, "the bitmap directory"):
-            self.uncounted = True
+            self.uncounted = self.wrong_bitmaps = True
             return
         directory = bytes(await self.image.read_bytes(offset, length))
         places: Counter[L1Place] = Counter()
@@ -355,6 +358,8 @@ class Scan:
             self._words(place.size, "bitmap tables")
             if self._metadata(place.offset, place.size * 8, "a bitmap table", times):
                 await self._bitmap_table(place, times)
+            else:
+                self.wrong_bitmaps = True
 
     def _bitmap_places(self, directory: bytes) -> Iterator[tuple[int, L1Place]]:
         """Where the tables of bitmaps lie."""
@@ -372,6 +377,8 @@ class Scan:
                 or not place.offset
                 or place.offset & (self.cluster - 1)
                 or fields.type != layout.BITMAP_TYPE_DIRTY_TRACKING
+                or not layout.MIN_GRANULARITY_BITS <= fields.granularity_bits <= layout.MAX_GRANULARITY_BITS
+                or not 1 <= fields.name_size <= layout.MAX_BITMAP_NAME_BYTES
                 or fields.flags & ~sum(BitmapFlag)
                 or end > len(directory)
             ):
@@ -384,7 +391,7 @@ class Scan:
                 f"the bitmap directory tells of {number} bitmaps in {min(at, len(directory))} bytes, "
                 f"expected {expected} in {len(directory)}"
             )
-            self.uncounted = True
+            self.uncounted = self.wrong_bitmaps = True
 
     async def _bitmap_table(self, place: L1Place, times: int) -> None:
         end = place.offset + 8 * place.size
@@ -396,12 +403,14 @@ class Scan:
                     continue
                 offset = entry & OFFSET_MASK
                 if entry & layout.BITMAP_TABLE_RESERVED or entry & 1 or offset & (self.cluster - 1):
-                    self.uncounted = True
+                    self.uncounted = self.wrong_bitmaps = True
                     where = start + 8 * index
                     self.findings.corruption(f"the entry of a bitmap table at {where} is {entry:#x}", times)
                     continue
                 if self.count(offset, self.cluster, "a bitmap table", times):
                     self.not_tables.add(offset >> self.bits)
+                else:
+                    self.wrong_bitmaps = True
 
     # --- refcounts -----------------------------------------------------------------------------------------
 

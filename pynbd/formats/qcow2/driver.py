@@ -210,6 +210,7 @@ class Qcow2(ClusterReader):
         finally:
             if repair is not Repair.NOTHING and not self.for_check:
                 await self.snapshots.load()
+                await self.bitmaps.look_again()
 
     async def close(self) -> None:
         if self.node.read_only or self.image.fence is not None:

@@ -63,14 +63,18 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-async def read_snapshots(image: Image) -> list[Snapshot]:
+async def read_snapshots(image: Image, *, any_extra: bool = False) -> list[Snapshot]:
     """The snapshot table of an image.
+
+    Args:
+        image: the image.
+        any_extra: extra data may be longer than is allowed; what there is too much of is left out.
 
     Raises:
         ImageError: it is not as the format demands, or goes beyond a limit. OSError: it can't be read.
     """
     reader = _Reader(image)
-    return [await _read_entry(reader, image) for _ in range(image.header.nb_snapshots)]
+    return [await _read_entry(reader, image, any_extra=any_extra) for _ in range(image.header.nb_snapshots)]
 
 
 class _Reader:
@@ -100,10 +104,10 @@ class _Reader:
         return found
 
 
-async def _read_entry(reader: _Reader, image: Image) -> Snapshot:
+async def _read_entry(reader: _Reader, image: Image, *, any_extra: bool) -> Snapshot:
     start = reader.start + reader.at
     fields = layout.parsed(layout.SNAPSHOT, await reader.take(layout.SNAPSHOT_BYTES))
-    if fields.extra_data_size > layout.MAX_SNAPSHOT_EXTRA_BYTES:
+    if fields.extra_data_size > layout.MAX_SNAPSHOT_EXTRA_BYTES and not any_extra:
         most = layout.MAX_SNAPSHOT_EXTRA_BYTES
         problem = f"a snapshot has {fields.extra_data_size} bytes of extra data, at most {most} are allowed"
         raise ImageError(image.name, problem, start + 36)
@@ -129,7 +133,7 @@ async def _read_entry(reader: _Reader, image: Image) -> Snapshot:
         vm_state_size=vm_state_size,
         disk_size=disk_size,
         icount=icount,
-        more_extra=extra[known:],
+        more_extra=extra[known : layout.MAX_SNAPSHOT_EXTRA_BYTES],
     )
     _check(snapshot, start, image)
     reader.at = round_up(reader.at, 8)
