@@ -43,7 +43,7 @@ async def replace_l1(image: Image, words: "array[int]", size: int) -> None:
     await image.change_fields(*SIZE_TO_L1, size=size, l1_size=len(words), l1_table_offset=offset)
     image.l1[:] = words
     if old_bytes:
-        image.give_up(old_offset, old_bytes)
+        image.given_up.add(old_offset, old_bytes)
 
 
 async def grow_l1(image: Image, entries: int) -> None:
@@ -72,7 +72,7 @@ async def grow_l1(image: Image, entries: int) -> None:
         await image.change_fields(*L1, l1_size=entries, l1_table_offset=offset)
         image.l1.extend(more)
         if moves and old_bytes:
-            image.give_up(old_offset, old_bytes)
+            image.given_up.add(old_offset, old_bytes)
 
 
 def _padded(words: "array[int]", image: Image) -> bytes:

@@ -18,7 +18,7 @@ from pynbd.formats.qcow2 import downgrade, layout, resizing
 from pynbd.formats.qcow2.creation import COMPATS, counting_clusters
 from pynbd.formats.qcow2.encrypt_options import EncryptAmendOptions
 from pynbd.formats.qcow2.layout import Autoclear, Compatible, CryptMethod, Incompatible
-from pynbd.formats.qcow2.refcounts import TYPECODES, Refcounts, Run, pack
+from pynbd.formats.qcow2.refcounts import TYPECODES, Refcounts, pack
 from pynbd.formats.qcow2.tables import to_disk
 
 if TYPE_CHECKING:
@@ -170,13 +170,14 @@ async def change_refcount_bits(driver: "Qcow2", bits: int, progress: Progress) -
     data = to_disk(entries).ljust(table * image.cluster_size, b"\0")
     await image.write_metadata(offset, data)
     await image.barrier()
-    gone = [Run(header.refcount_table_offset >> image.cluster_bits, header.refcount_table_clusters)]
-    gone += [Run(block >> image.cluster_bits, 1) for block in old.table if block]
+    gone = [(header.refcount_table_offset, header.refcount_table_clusters << image.cluster_bits)]
+    gone += [(block, image.cluster_size) for block in old.table if block]
     await image.change_fields(
         48, 100, refcount_order=order, refcount_table_offset=offset, refcount_table_clusters=table
     )
     image.recount(entries, table)
-    image.freed += gone
+    for place, length in gone:
+        image.given_up.add(place, length)
     await image.commit_all()
 
 

@@ -228,7 +228,7 @@ class BitmapStore:
         if before is not None:
             gone.append((before.directory_offset, before.directory_size))
         for offset, length in gone:
-            image.give_up(offset, length)
+            image.given_up.add(offset, length)
 
     async def _lose(self) -> None:
         """The image was made one of compat 0.10, which keeps no bitmaps: give up all that belongs to them."""
@@ -238,7 +238,7 @@ class BitmapStore:
             places.append((self.directory.directory_offset, self.directory.directory_size))
         self.entries, self.directory = [], None
         for offset, length in places:
-            self.image.give_up(offset, length)
+            self.image.given_up.add(offset, length)
 
     def _is_kept_as_it_is(self, entry: StoredBitmap) -> bool:
         bitmap = self.driver.node.bitmaps.get(entry.name)

@@ -15,7 +15,7 @@ from pynbd.formats.qcow2.layout import OFFSET_MASK, Autoclear, Compatible, Crypt
 from pynbd.formats.qcow2.refcounts import Run
 from pynbd.formats.qcow2.snapshot_table import MAX_U32, read_l1
 from pynbd.formats.qcow2.tables import to_disk
-from pynbd.formats.qcow2.writing import ZERO_PIECE_BYTES
+from pynbd.formats.qcow2.zeroing import ZERO_PIECE_BYTES
 
 if TYPE_CHECKING:
     from pynbd.formats.qcow2.driver import Qcow2
@@ -124,9 +124,9 @@ class ZeroExpansion:
                 offset = l1_index * driver.map.reach + index * cluster
                 end = min(offset + cluster, driver.size)
                 if offset < end and (self.backed or entry & OFFSET_MASK):
-                    await driver.writer.zeroes_as_data(offset, end)
+                    await driver.writer.zeroing.zeroes_as_data(offset, end)
                 else:
-                    await driver.writer.forget(offset, offset + cluster)
+                    await driver.writer.zeroing.forget(offset, offset + cluster)
 
     async def _expand_snapshots(self) -> None:
         """The tables that only snapshots have: they are changed where they are."""
@@ -165,7 +165,7 @@ class ZeroExpansion:
         await image.barrier()
         for run in gone:
             for _ in range(times):
-                await image.drop_references(run)
+                await image.given_up.drop_references(run)
 
     async def _fill(self, host: int, offset: int) -> None:
         """Write zeroes into a host cluster, which is that of some bytes of the disk."""

@@ -30,7 +30,8 @@ from pynbd.formats.qcow2 import amending, check, creation, layout, resizing
 from pynbd.formats.qcow2.bitmaps import BitmapStore
 from pynbd.formats.qcow2.creation import Qcow2CreationOptions
 from pynbd.formats.qcow2.encrypt_options import EncryptOptions
-from pynbd.formats.qcow2.image import Image, read_header
+from pynbd.formats.qcow2.header_file import read_header
+from pynbd.formats.qcow2.image import Image
 from pynbd.formats.qcow2.layout import CryptMethod, Incompatible
 from pynbd.formats.qcow2.mapping import ClusterMapping
 from pynbd.formats.qcow2.reading import ClusterReader
@@ -173,7 +174,7 @@ class Qcow2(ClusterReader):
             raise OptionError(f"{self.image_name}: lazy-refcounts needs an image of compat 1.1 or newer")
         image.lazy = header.lazy_refcounts if lazy is None else lazy
         passed = self.options.pass_discard_request
-        image.discard_freed = self.node.options.discard in ("unmap", "on") if passed is None else passed
+        image.given_up.discard = self.node.options.discard in ("unmap", "on") if passed is None else passed
         await self.bitmaps.begin_writing()
 
     def _cache_sizes(self) -> tuple[int, int]:
@@ -228,7 +229,7 @@ class Qcow2(ClusterReader):
 
     async def write(self, offset: int, data: memoryview, flags: int) -> None:
         if flags & COMPRESSED:
-            await self.writer.write_compressed(offset, data)
+            await self.writer.packing.write(offset, data)
         else:
             await self.writer.write(offset, data)
 
@@ -236,10 +237,10 @@ class Qcow2(ClusterReader):
         return self.writer.write_now(offset, data)
 
     async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
-        await self.writer.write_zeroes(offset, length, flags)
+        await self.writer.zeroing.write(offset, length, flags)
 
     async def discard(self, offset: int, length: int) -> None:
-        await self.writer.discard(offset, length)
+        await self.writer.zeroing.discard(offset, length)
 
     # --- snapshots -----------------------------------------------------------------------------------------
 

@@ -17,7 +17,8 @@ from pynbd.crypto.ciphers import PIECE_BYTES, SECTOR_BYTES, SectorCipher, legacy
 from pynbd.crypto.luks import Luks, LuksAmendOptions, LuksOptions
 from pynbd.crypto.secrets import Secret
 from pynbd.formats.qcow2.encrypt_options import EncryptAmendOptions, EncryptCreationOptions, EncryptOptions
-from pynbd.formats.qcow2.image import Image, Storage
+from pynbd.formats.qcow2.header_file import Storage
+from pynbd.formats.qcow2.image import Image
 from pynbd.formats.qcow2.layout import CryptMethod
 
 

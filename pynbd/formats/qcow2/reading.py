@@ -69,12 +69,12 @@ class ClusterReader(Driver):
     async def read(self, offset: int, into: memoryview, flags: int) -> None:
         start, end = offset, offset + len(into)
         while start < end:
-            epoch = self.image.begin_read()
+            epoch = self.image.given_up.begin_read()
             try:
                 piece = await self.map.piece(start, end)
                 await self.read_piece(start, piece, into[start - offset : piece.stop - offset])
             finally:
-                self.image.end_read(epoch)
+                self.image.given_up.end_read(epoch)
             start = piece.stop
 
     async def read_piece(self, offset: int, piece: Piece, into: memoryview) -> None:

@@ -169,7 +169,7 @@ class References:
                 continue
             for run, times in await self._runs(index, entry & OFFSET_MASK):
                 for _ in range(times):
-                    await self.image.drop_references(run)
+                    await self.image.given_up.drop_references(run)
             await self._relieve()
 
     async def _relieve(self) -> None:

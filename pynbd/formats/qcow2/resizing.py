@@ -11,7 +11,6 @@ from pynbd.formats.qcow2.active_l1 import grow_l1
 from pynbd.formats.qcow2.header import build_fixed
 from pynbd.formats.qcow2.layout import COPIED, OFFSET_MASK, SUBCLUSTERS_ALL_ALLOCATED
 from pynbd.formats.qcow2.mapping import DATA, PACKED
-from pynbd.formats.qcow2.refcounts import Run
 
 if TYPE_CHECKING:
     from pynbd.formats.qcow2.driver import Qcow2
@@ -47,13 +46,11 @@ async def _shrink(driver: "Qcow2", size: int) -> None:
         l1_index = start // reach
         if not image.l1[l1_index] & OFFSET_MASK:
             continue
-        await driver.writer.forget(round_up(max(start, size), cluster), min(start + reach, round_up(old, cluster)))
+        await driver.writer.zeroing.forget(
+            round_up(max(start, size), cluster), min(start + reach, round_up(old, cluster))
+        )
         if start >= size:
-            table = await image.l2_table(l1_index)
-            image.l1[l1_index] = 0
-            image.dirty_l1.add(l1_index)
-            image.l2.forget(l1_index)
-            image.freed.append(Run(table.offset >> image.cluster_bits, 1))
+            image.drop_l2(l1_index)
     await image.commit()
     if driver.header.has_data_file:
         await driver.guest_file.node.truncate(size, Preallocation.OFF, exact=False)
@@ -91,15 +88,15 @@ async def _clear(driver: "Qcow2", old: int, size: int) -> None:
     backing = driver.node.children.get("backing")
     if backing is not None and backing.size > old:
         boundary = min(round_up(old, driver.map.unit), size)
-        await driver.writer.zeroes_as_data(old, boundary)
+        await driver.writer.zeroing.zeroes_as_data(old, boundary)
         if boundary < size:
-            await driver.writer.zero_alone(boundary, size)
+            await driver.writer.zeroing.zero_alone(boundary, size)
         return
     at, boundary = old, min(round_up(old, driver.map.cluster), size)
     while at < boundary:
         piece = await driver.map.piece(at, boundary)
         if piece.kind in (DATA, PACKED):
-            await driver.writer.zeroes_as_data(at, piece.stop)
+            await driver.writer.zeroing.zeroes_as_data(at, piece.stop)
         at = piece.stop
 
 
@@ -152,12 +149,8 @@ async def make_empty(driver: "Qcow2") -> None:
             start = l1_index * reach
             if not entry & OFFSET_MASK or start >= driver.size:
                 continue
-            await driver.writer.forget(start, min(start + reach, round_up(driver.size, cluster)))
-            table = await image.l2_table(l1_index)
-            image.l1[l1_index] = 0
-            image.dirty_l1.add(l1_index)
-            image.l2.forget(l1_index)
-            image.freed.append(Run(table.offset >> image.cluster_bits, 1))
+            await driver.writer.zeroing.forget(start, min(start + reach, round_up(driver.size, cluster)))
+            image.drop_l2(l1_index)
         await image.commit_all()
 
 

@@ -253,7 +253,7 @@ class SnapshotStore:
             await references.drop(l1)
             if snapshot.l1_size:
                 clusters = -(-snapshot.l1_size * 8 // image.cluster_size)
-                await image.drop_references(Run(snapshot.l1_table_offset >> image.cluster_bits, clusters))
+                await image.given_up.drop_references(Run(snapshot.l1_table_offset >> image.cluster_bits, clusters))
             shared = [index for index in references.tables() if index < len(l1) and l1[index] & OFFSET_MASK]
             await references.restore_copied(shared)
 
@@ -304,5 +304,5 @@ class SnapshotStore:
         # Should this fail, the new table keeps its place: either is good, whatever is on the disk.
         await image.change_fields(*POINTER, nb_snapshots=len(entries), snapshots_offset=offset)
         if old_count:
-            image.give_up(old_offset, len(build_table(self.entries)))
+            image.given_up.add(old_offset, len(build_table(self.entries)))
         self.entries = list(entries)

@@ -118,7 +118,7 @@ class VmState:
         start, end = offset, offset + len(into)
         known = min(end, len(self.image.l1) * self.map.reach)
         while start < known:
-            epoch = self.image.begin_read()
+            epoch = self.image.given_up.begin_read()
             try:
                 piece = await self.map.piece(start, known)
                 part = into[start - offset : piece.stop - offset]
@@ -127,7 +127,7 @@ class VmState:
                 else:
                     await self.driver.read_piece(start, piece, part)
             finally:
-                self.image.end_read(epoch)
+                self.image.given_up.end_read(epoch)
             start = piece.stop
         if start < end:
             into[start - offset :] = bytes(end - start)

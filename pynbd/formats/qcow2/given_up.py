@@ -1,0 +1,126 @@
+"""Clusters that were given up: they lose a reference when nothing on disk points to them, and nobody reads there."""
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pynbd.block.errors import ImageError
+from pynbd.formats.qcow2.refcounts import Run
+
+if TYPE_CHECKING:
+    from pynbd.formats.qcow2.image import Image
+
+log = logging.getLogger(__name__)
+
+
+class GivenUp:
+    """The clusters of one image that were given up.
+
+    Args:
+        image: the image.
+    """
+
+    def __init__(self, image: "Image") -> None:
+        self.image = image
+        self.runs: list[Run] = []
+        """Those that something on disk may point to still; the next commit sees to that."""
+        self.discard = False
+        """The file below hears of clusters that are free."""
+        self._waiting: list[tuple[int, list[Run]]] = []
+        self._epoch = 0
+        self._readers: dict[int, int] = {}
+
+    def __bool__(self) -> bool:
+        """Whether any clusters are still to lose a reference."""
+        return bool(self.runs or self._waiting)
+
+    @property
+    def bytes(self) -> int:
+        """How much waits for the next commit."""
+        return sum(run.clusters for run in self.runs) << self.image.cluster_bits
+
+    def add(self, offset: int, length: int) -> None:
+        """Clusters lose a reference, as soon as nothing on disk points to them any more.
+
+        Args:
+            offset: in the file.
+            length: bytes; all clusters that they touch are meant.
+        """
+        first = offset >> self.image.cluster_bits
+        count = -(-(offset + length) // self.image.cluster_size) - first
+        last = self.runs[-1] if self.runs else None
+        if last is not None and last.first + last.clusters == first:
+            self.runs[-1] = Run(last.first, last.clusters + count)
+        else:
+            self.runs.append(Run(first, count))
+
+    # --- who reads meanwhile -------------------------------------------------------------------------------
+
+    def begin_read(self) -> int:
+        """Somebody is going to read where the tables say now; what lies there stays until `end_read`."""
+        epoch = self._epoch
+        self._readers[epoch] = self._readers.get(epoch, 0) + 1
+        return epoch
+
+    def end_read(self, epoch: int) -> None:
+        """The opposite of `begin_read`, with what it gave."""
+        left = self._readers[epoch] - 1
+        if left:
+            self._readers[epoch] = left
+        else:
+            del self._readers[epoch]
+
+    # --- giving back ---------------------------------------------------------------------------------------
+
+    def take(self) -> list[Run]:
+        """What was given up until now, for a commit, which tells `give_back` of it, or `put_back`."""
+        runs, self.runs = self.runs, []
+        return runs
+
+    def put_back(self, runs: Sequence[Run]) -> None:
+        """The commit that took them failed: something on disk points to them still."""
+        self.runs = [*runs, *self.runs]
+
+    async def give_back(self, runs: Sequence[Run]) -> None:
+        """Nothing on disk points to these clusters any more, once another barrier has passed."""
+        if runs:
+            try:
+                await self.image.barrier()
+            except BaseException:
+                self.put_back(runs)
+                raise
+            self._waiting.append((self._epoch, list(runs)))
+            self._epoch += 1
+        while self._waiting and not any(epoch <= self._waiting[0][0] for epoch in self._readers):
+            _, free = self._waiting.pop(0)
+            for run in free:
+                await self.drop_references(run)
+
+    async def drop_references(self, run: Run) -> None:
+        """Clusters lose a reference: nothing on disk points to them any more (see `add` for those where it does).
+
+        Raises:
+            OSError: counts can't be read, or the image is corrupt.
+        """
+        image = self.image
+        try:
+            if self.discard:
+                # While they still count as used: who takes them next must not have his bytes discarded.
+                for free in await image.refcounts.used_once(run):
+                    await self._discard(free)
+            unused = await image.refcounts.change(run.first, run.clusters, -1)
+        except ImageError as problem:
+            raise await image.corrupted(problem.problem, problem.offset, writing=True) from problem
+        for free in unused:
+            image.metadata.difference_update(range(free.first, free.first + free.clusters))
+
+    async def _discard(self, run: Run) -> None:
+        image = self.image
+        offset = run.first << image.cluster_bits
+        length = min(run.clusters << image.cluster_bits, image.file.size - offset)
+        try:
+            if length > 0:
+                await image.file.discard(offset, length)
+        except OSError as problem:
+            # A hint that was not followed; the clusters are free all the same.
+            log.debug("%s: discard at %d for %d bytes: %s", image.name, offset, length, problem)

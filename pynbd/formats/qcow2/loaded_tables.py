@@ -1,0 +1,136 @@
+"""The tables of an image in memory: L1 and the refcount table whole, the others as they are asked for."""
+
+from array import array
+
+from pynbd.block.alignment import round_up
+from pynbd.block.errors import ImageError
+from pynbd.formats.qcow2 import layout
+from pynbd.formats.qcow2.header import Header
+from pynbd.formats.qcow2.header_file import HeaderFile, Storage
+from pynbd.formats.qcow2.layout import OFFSET_MASK
+from pynbd.formats.qcow2.refcounts import Refcounts, unpack
+from pynbd.formats.qcow2.tables import Table, TableCache, from_disk
+
+
+class LoadedTables(HeaderFile):
+    """A file with a header, and the tables that it leads to.
+
+    Args:
+        file, header, name: see `HeaderFile`.
+        l2_cache, refcount_cache: bytes of tables that are kept in memory.
+        for_check: tables that lie behind the end of the file are no error yet.
+    """
+
+    def __init__(
+        self, file: Storage, header: Header, name: str, *, l2_cache: int, refcount_cache: int, for_check: bool
+    ) -> None:
+        super().__init__(file, header, name)
+        self.for_check = for_check
+        self.cluster_size = header.cluster_size
+        self.cluster_bits = header.cluster_bits
+        self.l1: array[int] = array("Q")
+        self.l2 = TableCache(l2_cache // self.cluster_size, self.read_table)
+        self.blocks = TableCache(refcount_cache // self.cluster_size, self._read_block)
+        self.refcounts = Refcounts(header, array("Q"), self.blocks, name, self._may_use)
+        self.metadata: set[int] = {0}
+        """The numbers of all clusters that hold the image's own structures, as far as they are known."""
+        self.fresh_from = 0
+        """Host clusters from here on were never written since the file ends here: they read as zeroes."""
+
+    async def load(self) -> None:
+        """Read the tables that are kept whole: L1 and the refcount table.
+
+        Raises:
+            ImageError: they are not where the header says. OSError: they can't be read.
+        """
+        header = self.header
+        self.l1 = await self.read_words(header.l1_table_offset, header.l1_size, "the L1 table")
+        entries = header.refcount_table_clusters * self.cluster_size // 8
+        table = await self.read_words(header.refcount_table_offset, entries, "the refcount table")
+        self.refcounts.table[:] = table
+        self.fresh_from = -(-self.file.size // self.cluster_size)
+        self._note_metadata()
+
+    async def reload(self) -> None:
+        """Forget all tables in memory, which are written, and read them again: they were changed in the file."""
+        for cache in (self.l2, self.blocks):
+            cache.tables.clear()
+        self.refcounts.first_free, self.refcounts.packing = 0, -1
+        self.metadata = {0}
+        await self.load()
+
+    def recount(self, entries: "array[int]", clusters: int) -> None:
+        """The counts lie elsewhere, perhaps with another width: these are the entries of their table."""
+        self.blocks = TableCache(self.blocks.most, self._read_block)
+        table = array("Q", bytes(clusters * self.cluster_size))
+        table[: len(entries)] = entries
+        self.refcounts = Refcounts(self.header, table, self.blocks, self.name, self._may_use)
+
+    # --- what belongs to the image itself ----------------------------------------------------------------
+
+    def _note_metadata(self) -> None:
+        header, bits = self.header, self.cluster_bits
+        for offset, length in (
+            (header.l1_table_offset, header.l1_size * 8),
+            (header.refcount_table_offset, header.refcount_table_clusters << bits),
+        ):
+            self.note_metadata(offset, length)
+        for entries, mask in ((self.l1, OFFSET_MASK), (self.refcounts.table, layout.REFCOUNT_BLOCK_MASK)):
+            if any(entries):
+                self.metadata.update((entry & mask) >> bits for entry in entries if entry)
+        if header.crypto is not None:
+            self.note_metadata(header.crypto.offset, header.crypto.length)
+
+    def note_metadata(self, offset: int, length: int) -> None:
+        """These bytes of the file belong to the image's own structures."""
+        self.metadata.update(range(offset >> self.cluster_bits, -(-(offset + length) // self.cluster_size)))
+
+    def _may_use(self, cluster: int) -> bool:
+        return cluster not in self.metadata
+
+    # --- reading -----------------------------------------------------------------------------------------
+
+    async def read_words(self, offset: int, count: int, what: str) -> "array[int]":
+        """A table of 64-bit words from the file.
+
+        Raises:
+            ImageError: it does not lie inside the file.
+        """
+        if offset + count * 8 > round_up(self.file.size, self.cluster_size) and not self.for_check:
+            problem = f"{what} has {count * 8} bytes here, but the file ends at {self.file.size}"
+            raise ImageError(self.name, problem, offset)
+        return from_disk(await self.read_bytes(offset, count * 8))
+
+    async def read_bytes(self, offset: int, length: int) -> bytearray:
+        """Bytes of the file; those behind its end are zero."""
+        data = bytearray(length)
+        inside = min(length, self.file.size - offset)
+        if inside > 0:
+            await self.file.read(offset, memoryview(data)[:inside], 0)
+        return data
+
+    async def read_table(self, offset: int) -> "array[int]":
+        """The entries of an L2 table, as they are in the file.
+
+        Raises:
+            OSError: it can't be read, or is not where it should be.
+        """
+        if offset & (self.cluster_size - 1):
+            what = f"an L1 table points to an L2 table here, expected a multiple of {self.cluster_size}"
+            raise await self.corrupted(what, offset)
+        if offset + self.cluster_size > round_up(self.file.size, self.cluster_size):
+            raise await self.corrupted(f"an L2 table lies here, but the file ends at {self.file.size}", offset)
+        return from_disk(await self.read_bytes(offset, self.cluster_size))
+
+    async def _read_block(self, offset: int) -> "array[int]":
+        if offset + self.cluster_size > round_up(self.file.size, self.cluster_size):
+            raise await self.corrupted(f"a refcount block lies here, but the file ends at {self.file.size}", offset)
+        return unpack(bytes(await self.read_bytes(offset, self.cluster_size)), self.refcounts.order)
+
+    async def l2_table(self, l1_index: int) -> Table:
+        """The L2 table of an L1 entry that has one.
+
+        Raises:
+            OSError: it can't be read, or is not where it should be.
+        """
+        return await self.l2.load(l1_index, self.l1[l1_index] & OFFSET_MASK)
