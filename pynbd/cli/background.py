@@ -73,6 +73,14 @@ def pid_file(name: str | None) -> Iterator[None]:
         finally:
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.stat(name), os.fstat(descriptor)):  # noqa: PTH116  # beside fstat
-                    os.unlink(name)  # noqa: PTH108  # beside stat
+                    _remove(name, descriptor)
     finally:
         os.close(descriptor)
+
+
+def _remove(name: str, descriptor: int) -> None:
+    """Remove a pid file, or empty it where its folder is that of the user whom we were when we made it."""
+    try:
+        os.unlink(name)  # noqa: PTH108  # a name, as it was given
+    except PermissionError:
+        os.ftruncate(descriptor, 0)

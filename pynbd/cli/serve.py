@@ -242,6 +242,23 @@ def _add_life_arguments(group: Group) -> None:
     group.add_argument("--run", metavar="CMD", help="run CMD in a shell with $uri set, and stop when it ends")
     group.add_argument("--fork", action="store_true", help="go to the background once clients can connect")
     group.add_argument("--pid-file", metavar="FILE", help="write the process id there once clients can connect")
+    group.add_argument(
+        "-u", "--user", default="", metavar="USER", help="be this user once all is open (name or number)"
+    )
+    group.add_argument("-g", "--group", default="", metavar="GROUP", help="and of this group, and no other")
+    group.add_argument(
+        "--confine",
+        action="store_true",
+        help="open nothing any more once all is open, but what serving takes (Landlock)",
+    )
+    for flag, what in (("--may-read", "read"), ("--may-write", "write")):
+        group.add_argument(
+            flag,
+            action="append",
+            default=[],
+            metavar="PATH",
+            help=f"with --confine: {what} there all the same (repeatable)",
+        )
     group.add_argument("--config", metavar="FILE", help="read server, nodes and exports from a TOML file")
     group.add_argument("--check-config", action="store_true", help="only check all this; no disk is opened")
     group.add_argument("-q", "--quiet", action="store_true", help="print nothing but warnings and errors")

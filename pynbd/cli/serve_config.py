@@ -166,6 +166,10 @@ def check_together(arguments: argparse.Namespace) -> None:
         raise OptionError(f"{vain} is said of a DISK on the command line; say it of the export in {arguments.config}")
     if arguments.fork and arguments.run is not None:
         raise OptionError("--fork and --run don't go together: whoever runs a command waits for it")
+    if arguments.run is not None and (arguments.user or arguments.group or arguments.confine):
+        raise OptionError("--run is for a command with our rights: give up none (--user, --group, --confine)")
+    if (arguments.may_read or arguments.may_write) and not arguments.confine:
+        raise OptionError("--may-read and --may-write say what --confine leaves: give that as well")
     if arguments.fork and arguments.exit_with_parent:
         raise OptionError("--fork and --exit-with-parent don't go together: in the background there is no parent")
 

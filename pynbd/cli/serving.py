@@ -106,11 +106,18 @@ async def serve(start: Start) -> int:
     stop = Stop(at_end)
     if arguments.exit_with_parent:
         stop.after(until_parent_has_gone())
+    privileges = None
+    if arguments.user or arguments.group or arguments.confine:
+        from pynbd.cli.privileges import Privileges
+
+        privileges = Privileges(arguments)
     async with contextlib.AsyncExitStack() as closing:
         with stop.interrupting(start.announce):
             service = await closing.enter_async_context(open_service(start.config, handed=start.handed))
         at_end.callback(service.server.unlink_sockets)
         at_end.enter_context(pid_file(arguments.pid_file))
+        if privileges is not None:
+            privileges.give_up(service)
         if arguments.exit_last:
             service.server.on_client_gone.append(lambda: None if service.server.connections else stop.request())
         if start.handed and not any(one.listens for one in start.handed):

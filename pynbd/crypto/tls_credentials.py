@@ -72,6 +72,10 @@ class TlsCredentials(UserObject):
         """
         raise NotImplementedError
 
+    def files(self) -> list[Path]:
+        """The files and folders that `reload` reads."""
+        raise NotImplementedError
+
     @property
     def wants_client_identity(self) -> bool:
         """Whether clients have to say who they are, and to prove it."""
@@ -107,6 +111,13 @@ class TlsCredsX509(TlsCredentials):
 
     def reload(self) -> None:
         self._context = self._load()
+
+    def files(self) -> list[Path]:
+        options = self.options
+        named = (options.dir, options.cert_file, options.key_file, options.ca_file, options.crl_file)
+        system = ssl.get_default_verify_paths()
+        usual = [system.cafile, system.capath] if options.ca_file == SYSTEM else []
+        return [Path(name) for name in (*named, *usual) if name and name != SYSTEM]
 
     # --- the files --------------------------------------------------------------------------------------------
 

@@ -76,6 +76,9 @@ class TlsCredsPsk(TlsCredentials):
     def reload(self) -> None:
         self._keys = self._load()
 
+    def files(self) -> list[Path]:
+        return [Path(name) for name in (self.options.dir, self.options.file) if name]
+
     def begin(self, sock: socket.socket, hostname: str | None = None) -> TlsSocket:
         # A context for each connection: what asks for a key does not say for which one it asks.
         context = new_context(self.endpoint)

@@ -403,6 +403,11 @@ class NbdServer:
             self._stall_timer.cancel()
         self._client_log.end_window()
 
+    @property
+    def socket_paths(self) -> list[Path]:
+        """The Unix sockets that `unlink_sockets` removes."""
+        return [path for path, _ in self._unlink]
+
     def unlink_sockets(self) -> None:
         """Remove the Unix sockets of this server, unless another one has taken their places."""
         for path, inode in self._unlink:

@@ -33,6 +33,8 @@ MEMORY_FILE_SYSTEMS: Final = frozenset({TMPFS_MAGIC, RAMFS_MAGIC, HUGETLBFS_MAGI
 AT_EMPTY_PATH: Final = 0x1000
 STATX_DIOALIGN: Final = 0x2000
 
+PR_SET_NO_NEW_PRIVS: Final = 38
+
 SYS_CACHESTAT: Final = 451
 """The number of cachestat(2), which is the same on every architecture (Linux 6.5)."""
 
@@ -54,6 +56,8 @@ _fallocate = _function("fallocate64", ctypes.c_int, ctypes.c_int, _off, _off) or
 )
 _fstatfs = _function("fstatfs", ctypes.c_int, ctypes.c_void_p)
 _statx = _function("statx", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p)
+_prctl = _libc.prctl
+_prctl.restype = ctypes.c_int
 _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
 
@@ -73,6 +77,16 @@ def syscall(number: int, *arguments: object) -> int:
     if result < 0:
         raise _failed()
     return result
+
+
+def no_new_privileges() -> None:
+    """prctl(PR_SET_NO_NEW_PRIVS): no program that this thread or its children start has more rights than it.
+
+    Raises:
+        OSError: the kernel does not know that (Linux 3.5).
+    """
+    if _prctl(ctypes.c_int(PR_SET_NO_NEW_PRIVS), *map(ctypes.c_ulong, (1, 0, 0, 0))) != 0:
+        raise _failed()
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:

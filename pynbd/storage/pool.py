@@ -34,6 +34,20 @@ transfers = ThreadPoolExecutor(WORKERS, "pynbd-io")
 syncs = ThreadPoolExecutor(SYNC_WORKERS, "pynbd-sync")
 """For flushes, durable writes, and calls that may take seconds."""
 
+
+def renew_threads() -> None:
+    """End all threads, when they have done what they were given; those that come next are started by the caller's.
+
+    For what holds for a thread and those that it starts, as Landlock does.
+    """
+    global transfers, syncs  # they are the module's, and asked for by name each time
+    ended = transfers, syncs
+    transfers = ThreadPoolExecutor(WORKERS, "pynbd-io")
+    syncs = ThreadPoolExecutor(SYNC_WORKERS, "pynbd-sync")
+    for executor in ended:
+        executor.shutdown(wait=True)
+
+
 Answer = tuple["asyncio.Future[None]", BaseException | None]
 
 
