@@ -19,6 +19,8 @@ import nbd_protocol
 import pynbd
 from pynbd.block.errors import BlockError, OptionError
 from pynbd.block.node import Node
+from pynbd.server import events
+from pynbd.server.events import about
 from pynbd.server.landlock import READ, WRITE, FsAccess, Grants, restrict
 from pynbd.server.service import Service
 from pynbd.storage import pool
@@ -146,7 +148,7 @@ class Privileges:
             version = restrict(grants)
         except BlockError as problem:
             raise BlockError(f"--confine: {problem}") from None
-        log.info("confined by Landlock, version %d", version)
+        log.info("confined by Landlock, version %d", version, extra=about(events.CONFINED, version=version))
 
     def grants(self, service: Service) -> Grants:
         """What stays possible."""
@@ -167,6 +169,8 @@ class Privileges:
             grant([path], access)
         if service.server.tls is not None:
             grant(folders_of(service.server.tls.credentials.files()), READ)
+        if arguments.log_file:
+            grant([Path(arguments.log_file)], READ | WRITE)
         grant(map(Path, arguments.may_read), READ)
         grant(map(Path, arguments.may_write), WRITE)
         # Sockets and the pid file are removed at the end; who removes a file changes its folder.

@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping
 
 from pynbd.block.errors import BlockError
 from pynbd.cli.failure import told
+from pynbd.cli.logs import LogFile
 from pynbd.cli.stopping import Stop
+from pynbd.server import events
+from pynbd.server.events import about
 from pynbd.server.service_manager import ServiceManager
 
 log = logging.getLogger(__name__)
@@ -17,12 +20,16 @@ class Reload:
 
     Args:
         files: what is read again, and how; what fails leaves everything as it was.
+        log_file: opened anew, if there is one.
         manager: told of it.
         stop: asked for where SIGHUP means that the terminal is gone at which we were started.
     """
 
-    def __init__(self, files: Mapping[str, Callable[[], None]], manager: ServiceManager, stop: Stop) -> None:
+    def __init__(
+        self, files: Mapping[str, Callable[[], None]], log_file: LogFile | None, manager: ServiceManager, stop: Stop
+    ) -> None:
         self._files = files
+        self._log_file = log_file
         self._manager = manager
         self._stop = stop
         self._had_terminal = os.isatty(0)
@@ -32,13 +39,27 @@ class Reload:
             self._stop.request()
             return
         self._manager.reloading()
+        self._reopen_log()
         for name, read_again in self._files.items():
             try:
                 read_again()
             except (OSError, BlockError) as problem:
-                log.error("the old %s stay in use: %s", name, told(problem))
+                log.error(
+                    "the old %s stay in use: %s",
+                    name,
+                    told(problem),
+                    extra=about(events.RELOAD_FAILED, error=told(problem)),
+                )
             else:
-                log.info("%s were read again", name)
+                log.info("%s were read again", name, extra=about(events.RELOADED))
         if not self._files:
-            log.info("there is nothing to be read again")
+            log.info("there is nothing to be read again", extra=about(events.RELOADED))
         self._manager.ready()
+
+    def _reopen_log(self) -> None:
+        if self._log_file is None:
+            return
+        try:
+            self._log_file.reopen()
+        except OSError as problem:
+            log.error("the log goes on where it was: %s", told(problem), extra=about(events.RELOAD_FAILED))

@@ -261,6 +261,16 @@ def _add_life_arguments(group: Group) -> None:
         )
     group.add_argument("--config", metavar="FILE", help="read server, nodes and exports from a TOML file")
     group.add_argument("--check-config", action="store_true", help="only check all this; no disk is opened")
+    group.add_argument(
+        "--log-level",
+        choices=("error", "warning", "info", "debug"),
+        metavar="LEVEL",
+        help="how much is logged: error, warning (default), info (-v), debug (-vv)",
+    )
+    group.add_argument(
+        "--log-format", choices=("text", "json"), default="text", metavar="FORMAT", help="text (default) or json"
+    )
+    group.add_argument("--log-file", metavar="FILE", help="log there, and not on stderr; SIGHUP opens it anew")
     group.add_argument("-q", "--quiet", action="store_true", help="print nothing but warnings and errors")
     group.add_argument("-v", "--verbose", action="count", default=0, help="tell of clients (-vv: and more)")
 

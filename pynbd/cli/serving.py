@@ -15,16 +15,17 @@ from pynbd.cli.background import daemonize, pid_file, report_ready
 from pynbd.cli.failure import told, unexpected
 from pynbd.cli.given_sockets import given_sockets, without_addresses
 from pynbd.cli.greeting import greeting
+from pynbd.cli.logs import BEGIN, LogFile, begin_logging
 from pynbd.cli.reloading import Reload
 from pynbd.cli.serve_config import configuration
 from pynbd.cli.stopping import Stop, until_parent_has_gone
+from pynbd.server import events
 from pynbd.server.activation import Handed
 from pynbd.server.config import Config
+from pynbd.server.events import about
 from pynbd.server.loop import serving_loop
 from pynbd.server.service import Service, open_service
 from pynbd.server.service_manager import ServiceManager
-
-LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class Start(NamedTuple):
         manager: the service manager that wants to be told.
         announce: where to tell the process that started us that clients can connect; None where that is no matter.
         at_end: what is cleared away when all is closed, and also where that comes at once.
+        log_file: where the log goes, if not to the standard error.
     """
 
     arguments: argparse.Namespace
@@ -47,13 +49,22 @@ class Start(NamedTuple):
     manager: ServiceManager
     announce: int | None
     at_end: contextlib.ExitStack
+    log_file: LogFile | None
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until told to stop; the exit status."""
-    logging.basicConfig(format="pynbd serve: %(message)s")
-    for name in ("pynbd", "nbd_protocol"):
-        logging.getLogger(name).setLevel(LEVELS[min(arguments.verbose, 2)])
+    with contextlib.ExitStack() as logging_ends:
+        try:
+            log_file = begin_logging(arguments, logging_ends)
+        except OSError as problem:
+            print(f"{BEGIN}{told(problem)}", file=sys.stderr)
+            return 1
+        return run_logged(arguments, log_file)
+
+
+def run_logged(arguments: argparse.Namespace, log_file: LogFile | None) -> int:
+    """As `run`, once there is a log."""
     manager = ServiceManager()
     try:
         with contextlib.ExitStack() as at_end:
@@ -66,21 +77,23 @@ def run(arguments: argparse.Namespace) -> int:
                 config = without_addresses(config)
             announce = daemonize() if arguments.fork else None
             with asyncio.Runner(loop_factory=serving_loop) as runner:
-                return runner.run(serve(Start(arguments, config, handed, manager, announce, at_end)))
+                return runner.run(serve(Start(arguments, config, handed, manager, announce, at_end, log_file)))
     except (OSError, BlockError) as problem:
-        failed(told(problem), problem, manager)
+        failed(told(problem), problem, manager, log_file)
     except Exception as problem:
         # Drivers are anybody's code. Its author finds the line in the message, and the way there with -vv.
-        failed(unexpected(problem), problem, manager)
+        failed(unexpected(problem), problem, manager, log_file)
         log.debug("how it came to that:", exc_info=problem)
     finally:
         manager.close()
     return 1
 
 
-def failed(text: str, problem: Exception, manager: ServiceManager) -> None:
-    """Say why it ends."""
-    print(f"pynbd serve: {text}", file=sys.stderr)
+def failed(text: str, problem: Exception, manager: ServiceManager, log_file: LogFile | None) -> None:
+    """Say why it ends: in the log, and to who waits for it to begin."""
+    log.error("%s", text, extra=about(events.FAILED, error=text))
+    if log_file is not None:
+        print(f"{BEGIN}{text}", file=sys.stderr)
     below = problem if isinstance(problem, OSError) else problem.__cause__
     manager.failed(text, below.errno if isinstance(below, OSError) else None)
 
@@ -123,20 +136,28 @@ async def serve(start: Start) -> int:
         if start.handed and not any(one.listens for one in start.handed):
             stop.after(service.server.until_idle())  # all clients that there will ever be are here
         files = {"certificates and keys": service.server.tls.credentials.reload} if service.server.tls else {}
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, Reload(files, start.manager, stop))
+        reload = Reload(files, start.log_file, start.manager, stop)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
         if not start.handed:
             say_ready(service, start.config, arguments)
         if start.announce is not None:
             report_ready(start.announce)
         start.manager.follow(service.server)
         start.manager.ready(os.getpid() if arguments.fork else None)
-        closing.callback(start.manager.stopping)
+        log.info("clients can connect", extra=about(events.READY, exports=len(service.server.exports), pid=os.getpid()))
+        closing.callback(begin_end, start.manager)
         if arguments.run is not None:
             from pynbd.cli.companion import run_command
 
             return await run_command(arguments.run, service, stop, at_end, start.config.server.tls_certificates)
         await stop.requested.wait()
     return 0
+
+
+def begin_end(manager: ServiceManager) -> None:
+    """The end has begun."""
+    log.info("stops", extra=about(events.STOPPING))
+    manager.stopping()
 
 
 def say_ready(service: Service, config: Config, arguments: argparse.Namespace) -> None:

@@ -3,7 +3,10 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+from pynbd.server import events
+from pynbd.server.events import about
 
 log = logging.getLogger(__name__)
 
@@ -35,19 +38,20 @@ class ClientLog:
         self._lines = 0
         self._timer: asyncio.TimerHandle | None = None
 
-    def tell(self, key: str, text: str) -> None:
+    def tell(self, key: str, text: str, extra: Mapping[str, object] | None = None) -> None:
         """Log a line, unless there were too many of late.
 
         Args:
             key: whom it is counted under.
             text: the line; what is not printable in it is escaped.
+            extra: what it is about.
         """
         if self._timer is None:
             self._timer = self._later(WINDOW_S, self.end_window)
         if self._lines < MAX_LINES and self._told[key] < MAX_LINES_OF_A_CLIENT:
             self._lines += 1
             self._told[key] += 1
-            log.warning("%s", printable(text))
+            log.warning("%s", printable(text), extra=extra)
             return
         known = key in self._left_out or len(self._left_out) < MAX_CLIENTS_COUNTED
         self._left_out[key if known else OTHERS] += 1
@@ -62,7 +66,13 @@ class ClientLog:
             self._timer.cancel()
             self._timer = None
         for key, count in left_out.items():
-            log.warning("%s: %d more lines like these within %g s were left out", printable(key), count, WINDOW_S)
+            log.warning(
+                "%s: %d more lines like these within %g s were left out",
+                printable(key),
+                count,
+                WINDOW_S,
+                extra=about(events.LEFT_OUT, client=printable(key), lines=count),
+            )
 
 
 def printable(text: str) -> str:

@@ -29,8 +29,10 @@ from nbd_protocol.negotiation_events import Ready
 from nbd_protocol.transmission import ExportRules, ExtendedReplies, Request, ServerTransmission, replies_for
 from pynbd.block.requests import RequestFlag
 from pynbd.block.statistics import Operation
+from pynbd.server import events
 from pynbd.server.budget import RESERVE_BYTES, Account
 from pynbd.server.buffers import BufferPool, Payload
+from pynbd.server.events import about
 from pynbd.server.execution import HOLE_READ_BYTES, Execution, describe
 from pynbd.server.export import Export
 from pynbd.server.inline import InlineStarter
@@ -101,6 +103,7 @@ class Connection:
         limits: what one connection may have in flight.
         pace: how often its client may ask, None: as often as it likes.
         warn: logs what went wrong, and with whom.
+        request_failed: logs which request has failed, and why; None: as `warn`.
     """
 
     def __init__(
@@ -116,6 +119,7 @@ class Connection:
         limits: ClientLimits,
         pace: Pace | None,
         warn: Callable[[str], None],
+        request_failed: Callable[[str], None] | None = None,
     ) -> None:
         self.export = export
         self.backend = export.backend
@@ -132,7 +136,8 @@ class Connection:
         )
         self._replies = replies_for(ready.mode)
         self.warn = warn
-        self._execution = Execution(export, self._replies, ready.contexts, warn)
+        self._request_failed = request_failed or warn
+        self._execution = Execution(export, self._replies, ready.contexts, self._request_failed)
         self._pace = pace
         self._pace_timer: TimerHandle | None = None
         self._max_requests = min(limits.requests or MAX_REQUESTS_IN_FLIGHT, MAX_REQUESTS_IN_FLIGHT)
@@ -209,7 +214,12 @@ class Connection:
             return
         self._lost = True
         if problem is not None:
-            log.info("%s: connection lost: %s", self.peer, problem)
+            log.info(
+                "%s: connection lost: %s",
+                self.peer,
+                problem,
+                extra=about(events.CLIENT_FAILED, client=self.peer, export=self.export.name, error=problem),
+            )
         self._drop_payload()
         self.account.withdraw()
         if self._pace_timer is not None:
@@ -598,7 +608,7 @@ class Connection:
         except OSError as problem:
             answer = [execution.error(request, problem)]
         except Exception as problem:
-            log.exception("%s: %s failed", self.peer, describe(request))
+            log.exception("%s: %s failed", self.peer, describe(request), extra=self._about_failure(problem))
             answer = [self._replies.error(request, Errno.EIO, f"internal error: {problem!r}")]
         if borrowed is not None:
             self._scratch.buffers.give(borrowed)
@@ -615,9 +625,12 @@ class Connection:
         except OSError as problem:
             answers = [execution.error(request, problem) for request in requests]
         except Exception as problem:
-            log.exception("%s: flush failed", self.peer)
+            log.exception("%s: flush failed", self.peer, extra=self._about_failure(problem))
             answers = [self._replies.error(request, Errno.EIO, f"internal error: {problem!r}") for request in requests]
         self._answer(answers, len(requests))
+
+    def _about_failure(self, problem: Exception) -> dict[str, object]:
+        return about(events.REQUEST_FAILED, client=self.peer, export=self.export.name, error=repr(problem))
 
     def _answer(self, answer: Sequence[Item], requests: int) -> None:
         """So many requests have ended: send the answer, with others if there are any now."""
@@ -655,7 +668,7 @@ class Connection:
         def finish(problem: OSError | None) -> Buffer:
             self.in_flight -= 1
             if problem is not None:
-                self.warn(f"export {self.export.name!r}: {describe(request)}: {problem}")
+                self._request_failed(f"export {self.export.name!r}: {describe(request)}: {problem}")
                 return replies.error(request, errno_to_nbd(problem.errno), str(problem))
             self.backend.statistics.account(Operation.READ, 1, length, 0)
             return replies.done(request)

@@ -65,4 +65,4 @@ class Offer:
     def _tell_once(self, name: str, why: str) -> None:
         if name not in self._refused:
             self._refused.add(name)
-            self._tell(f"{self._visitor}: refused: export {name!r}: {why}")
+            self._tell(f"refused: export {name!r}: {why}")

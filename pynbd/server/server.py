@@ -15,10 +15,12 @@ from nbd_protocol.errors import RemoteProtocolError
 from nbd_protocol.server_negotiation import ServerNegotiation
 from pynbd.block.errors import OptionError
 from pynbd.crypto.tls_socket import TlsFailure, TlsSocket
+from pynbd.server import events
 from pynbd.server.access import AccessList
 from pynbd.server.budget import DEFAULT_POOL_BYTES, PayloadBudget
 from pynbd.server.client_log import ClientLog
 from pynbd.server.connection import Connection, Scratch
+from pynbd.server.events import about
 from pynbd.server.export import Export
 from pynbd.server.handshake import Negotiated, negotiate
 from pynbd.server.inline import InlineStarter
@@ -231,15 +233,16 @@ class NbdServer:
                 raise Refused(decision.why)
             presence = Presence(self._clients, visitor)
         except Refused as refusal:
-            self._tell(visitor, f"refused: {refusal}")
+            self._tell(visitor, events.CLIENT_REFUSED, None, f"refused: {refusal}")
             sock.close()
             return
         task = self._loop.create_task(self._welcome(sock, visitor, presence))
         self._handshakes.add(task)
         task.add_done_callback(self._handshake_ended)
 
-    def _tell(self, visitor: Visitor, text: str) -> None:
-        self._client_log.tell(visitor.key, f"{visitor}: {text}")
+    def _tell(self, visitor: Visitor, event: str, export: str | None, text: str) -> None:
+        extra = about(event, client=visitor.label, name=visitor.name or None, export=export, reason=text)
+        self._client_log.tell(visitor.key, f"{visitor}: {text}", extra)
 
     async def until_idle(self) -> None:
         """Wait until there is no client, neither one that chooses an export nor one that uses it."""
@@ -252,7 +255,8 @@ class NbdServer:
     async def _welcome(self, sock: socket.socket, visitor: Visitor, presence: Presence) -> None:
         """The handshake with a client, and what comes of it."""
         begun = False
-        told = functools.partial(self._tell, visitor)
+        failed = functools.partial(self._tell, visitor, events.CLIENT_FAILED, None)
+        refused = functools.partial(self._tell, visitor, events.CLIENT_REFUSED, None)
         try:
             tune(sock)
             async with asyncio.timeout(self.handshake_timeout_s or None):
@@ -262,19 +266,19 @@ class NbdServer:
                     extended=self._extended,
                     resize=True,
                 )
-                offer = Offer(self.exports, visitor, told, presence.named)
+                offer = Offer(self.exports, visitor, refused, presence.named)
                 result = await negotiate(sock, offer, negotiation, self.tls)
             if result is not None:
                 self._begin(visitor, presence, result)
                 begun = True
         except TimeoutError:
-            told(f"no export was chosen within {self.handshake_timeout_s:g} s")
+            failed(f"no export was chosen within {self.handshake_timeout_s:g} s")
         except RemoteProtocolError as problem:
-            told(str(problem))
+            failed(str(problem))
         except TlsFailure as problem:
-            told(f"refused: {problem.strerror}")
+            refused(f"refused: {problem.strerror}")
         except Refused as refusal:
-            told(f"refused: {refusal}")
+            refused(f"refused: {refusal}")
         except OSError as problem:
             log.debug("%s: connection lost in the handshake: %s", visitor, problem)
         except Exception:
@@ -313,11 +317,28 @@ class NbdServer:
             gone,
             self.limits,
             presence.pace,
-            functools.partial(self._tell, visitor),
+            functools.partial(self._tell, visitor, events.CLIENT_FAILED, result.export.name),
+            functools.partial(self._tell, visitor, events.REQUEST_FAILED, result.export.name),
         )
         secure = f", {sock.version}, {sock.identity!r}" if isinstance(sock, TlsSocket) else ""
         read_only = ", read-only" if result.ready.info.flags & TransmissionFlag.READ_ONLY else ""
-        log.info("%s: uses export %r (%s%s%s)", peer, result.export.name, result.ready.mode.value, read_only, secure)
+        log.info(
+            "%s: uses export %r (%s%s%s)",
+            peer,
+            result.export.name,
+            result.ready.mode.value,
+            read_only,
+            secure,
+            extra=about(
+                events.CLIENT_COME,
+                client=peer,
+                name=visitor.name or None,
+                export=result.export.name,
+                framing=result.ready.mode.value,
+                read_only=bool(read_only),
+                tls=sock.version if isinstance(sock, TlsSocket) else None,
+            ),
+        )
         self.connections.add(connection)
         self.served += 1
         result.export.clients += 1
@@ -330,7 +351,11 @@ class NbdServer:
             tell()
 
     def _gone(self, connection: Connection) -> None:
-        log.info("%s: gone", connection.peer)
+        log.info(
+            "%s: gone",
+            connection.peer,
+            extra=about(events.CLIENT_GONE, client=connection.peer, export=connection.export.name),
+        )
         self.connections.discard(connection)
         if not self.connections:
             self._scratch.buffers.clear()

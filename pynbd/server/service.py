@@ -18,10 +18,12 @@ from pynbd.block.node import Node
 from pynbd.block.objects import Objects
 from pynbd.block.permissions import Permission
 from pynbd.block.registry import is_python_file
+from pynbd.server import events
 from pynbd.server.access import AccessList, AccessRule
 from pynbd.server.activation import Handed, reachable, uri_at
 from pynbd.server.check import NOBODY_BY_NAME, check, filter_tree, snapshot_tree
 from pynbd.server.config import Config, ExportOptions, ListenOptions, parse_address
+from pynbd.server.events import about
 from pynbd.server.export import Export, bitmaps_of
 from pynbd.server.server import NbdServer
 
@@ -181,7 +183,12 @@ class Service:
                 continue
             self.server.listen_on(one.sock)
             uri = uri_at(one.sock, tls=secure)
-            log.info("listens at %s%s", uri or "a socket without a name", f" ({one.name})" if one.name else "")
+            log.info(
+                "listens at %s%s",
+                uri or "a socket without a name",
+                f" ({one.name})" if one.name else "",
+                extra=about(events.LISTENING, uri=uri, name=one.name or None),
+            )
             if uri is not None:
                 self.uris.append(uri)
 
