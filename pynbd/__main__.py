@@ -2,7 +2,7 @@
 
 import sys
 
-from pynbd.cli import main
+from pynbd.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

@@ -11,7 +11,6 @@ The first two are turned into the same tree by the registry. This module knows t
 value of text becomes a typed one.
 """
 
-import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
@@ -239,6 +238,8 @@ def _owner(driver: str) -> str:
 
 def unknown_option(path: str, key: str, driver: str, allowed: Sequence[str]) -> OptionError:
     """The error for a key that a driver does not know: with what it knows, and the nearest of it."""
+    import difflib  # for the few who mistype
+
     near = difflib.get_close_matches(key, allowed, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return OptionError(

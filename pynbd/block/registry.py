@@ -5,13 +5,9 @@ under the entry-point group `pynbd.drivers`. A driver may also be a Python file,
 starts pynbd names it: never from inside an image.
 """
 
-import difflib
-import hashlib
 import importlib
 import sys
-import traceback
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pynbd.block.driver import Driver, Filter
@@ -19,6 +15,7 @@ from pynbd.block.errors import OptionError
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoints
+    from pathlib import Path
 
 ENTRY_POINTS = "pynbd.drivers"
 
@@ -76,6 +73,8 @@ def driver_class(name: str, *, trusted: bool = True) -> type[Driver]:
         return load_file(name)
     for point in _entry_points().select(name=name):
         return _imported(point.value, name)
+    import difflib  # here and below: what few commands need is imported for those few
+
     near = difflib.get_close_matches(name, list(all_names()), n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise OptionError(f"driver {name!r} is unknown{hint}; there are: {', '.join(all_names())}")
@@ -94,7 +93,7 @@ def _imported(target: str, name: str) -> type[Driver]:
 
 
 def _entry_points() -> "EntryPoints":
-    # Imported here: it takes a quarter of the time in which a small command is done.
+    # It takes a quarter of the time in which a small command is done.
     from importlib.metadata import entry_points
 
     return entry_points(group=ENTRY_POINTS)
@@ -122,6 +121,8 @@ def load_file(name: str) -> type[Driver]:
     Raises:
         OptionError: no such file, it does not run, or it holds no driver (or several, and none was named).
     """
+    from pathlib import Path
+
     filename, _, wanted = name.partition(":")
     path = Path(filename).resolve()
     if not path.is_file():
@@ -144,12 +145,13 @@ def load_file(name: str) -> type[Driver]:
     return next(iter(kinds.values()))
 
 
-def _run_file(path: Path, filename: str) -> Any:
+def _run_file(path: "Path", filename: str) -> Any:
+    import hashlib
+    import importlib.util
+
     name = f"pynbd_driver_{path.stem}_{hashlib.blake2s(bytes(path), digest_size=6).hexdigest()}"
     if name in sys.modules:
         return sys.modules[name]
-    import importlib.util  # for few; see `_entry_points`
-
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise OptionError(f"{filename}: not a Python file")
@@ -167,9 +169,11 @@ def _run_file(path: Path, filename: str) -> Any:
     return module
 
 
-def _line_of(problem: BaseException, path: Path) -> int | None:
+def _line_of(problem: BaseException, path: "Path") -> int | None:
     """The last line of a file that was at work when something went wrong, be it further down in a library."""
     if isinstance(problem, SyntaxError) and problem.filename == str(path):
         return problem.lineno
+    import traceback
+
     lines = [line for frame, line in traceback.walk_tb(problem.__traceback__) if frame.f_code.co_filename == str(path)]
     return lines[-1] if lines else None

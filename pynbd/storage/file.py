@@ -13,8 +13,7 @@ import os
 import stat
 from collections.abc import Sequence
 from time import perf_counter
-from typing import Any, ClassVar, Literal
-from urllib.parse import unquote
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pynbd.block import errors
 from pynbd.block.driver import Driver, Location, Preallocation
@@ -24,9 +23,12 @@ from pynbd.block.limits import Limits
 from pynbd.block.options import NodeOptions, OnOffAuto
 from pynbd.block.permissions import Permission
 from pynbd.block.requests import RequestFlag
-from pynbd.storage import aio, linux, opening, pool, sizing, sparse, transfers, uring, zeroing
+from pynbd.storage import linux, opening, pool, sizing, sparse, transfers, zeroing
 from pynbd.storage.in_place import SLOW_FLUSH_S, SLOW_S, InPlace, keeps_others_waiting
 from pynbd.storage.locks import FileLocks
+
+if TYPE_CHECKING:
+    from pynbd.storage import aio, uring
 
 INLINE_READ_BYTES = 256 << 10
 """Larger reads are copied out of the page cache by a thread, while the event loop goes on."""
@@ -90,6 +92,8 @@ class File(Driver):
         rest = filename.removeprefix("file:")
         if not rest.startswith("//"):
             return {"filename": rest}  # QEMU's way to name a file that has a colon in it
+        from urllib.parse import unquote
+
         host, slash, path = rest[2:].partition("/")
         if host not in ("", "localhost") or not path:
             raise OptionError(f"{filename}: expected file:///PATH")
@@ -226,10 +230,12 @@ class File(Driver):
         else:
             into[:] = bytes(len(into))  # past the end
 
-    def _open_ring(self) -> uring.ReadRing | None:
+    def _open_ring(self) -> "uring.ReadRing | None":
         """The kernel's ring for reads, made when the first one waits for the disk; None if threads wait."""
         if self._reads_in_threads:
             return None
+        from pynbd.storage import uring
+
         try:
             self._ring = uring.ReadRing(self._fd)
         except OSError as problem:
@@ -351,6 +357,8 @@ class File(Driver):
             return False
         try:
             if self._flushes is None:
+                from pynbd.storage import aio
+
                 self._flushes = aio.FlushQueue(self._fd)
             await self._flushes.fdatasync()
         except OSError as problem:

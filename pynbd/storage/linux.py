@@ -4,14 +4,16 @@ Everything here is a thin typed wrapper: it raises `OSError` with the errno and 
 Names of numbers are the kernel's, so that they can be searched for.
 """
 
-import ctypes
 import errno
 import fcntl
 import os
 import struct
 import sys
-from pathlib import Path
-from typing import Final, NamedTuple
+from functools import cache
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    import ctypes
 
 assert sys.platform == "linux", "pynbd's storage needs Linux"
 
@@ -38,33 +40,56 @@ PR_SET_NO_NEW_PRIVS: Final = 38
 SYS_CACHESTAT: Final = 451
 """The number of cachestat(2), which is the same on every architecture (Linux 6.5)."""
 
-_libc = ctypes.CDLL(None, use_errno=True)
+
+class _Libc:
+    """The functions of the C library, or None for those that it lacks."""
+
+    def __init__(self) -> None:
+        # Imported here, and not at all where none of this is needed: a small command is done in little more time.
+        import ctypes
+
+        self._ctypes = ctypes
+        self._library = ctypes.CDLL(None, use_errno=True)
+        number, off = ctypes.c_int, ctypes.c_int64
+        # On 64-bit systems off_t has 64 bits anyway; on others the plain name takes 32.
+        self.fallocate = self._function("fallocate64", number, number, off, off) or self._function(
+            "fallocate", number, number, off, off
+        )
+        self.fstatfs = self._function("fstatfs", number, ctypes.c_void_p)
+        self.statx = self._function("statx", number, ctypes.c_char_p, number, ctypes.c_uint, ctypes.c_void_p)
+        self.prctl = self._library.prctl
+        self.prctl.restype = ctypes.c_int
+        self.syscall = self._library.syscall
+        self.syscall.restype = ctypes.c_long
+
+    def _function(self, name: str, *arguments: type) -> "ctypes._FuncPointer | None":
+        function = getattr(self._library, name, None)
+        if function is not None:
+            function.argtypes = arguments
+            function.restype = self._ctypes.c_int
+        return function
+
+    def buffer(self, length: int) -> "ctypes.Array[ctypes.c_char]":
+        """Memory that the kernel fills."""
+        return self._ctypes.create_string_buffer(length)
+
+    def integers(self, *values: int) -> "tuple[ctypes.c_long, ...]":
+        """Arguments of a system call."""
+        return tuple(map(self._ctypes.c_long, values))
+
+    def errno(self) -> int:
+        """Why the last call has failed."""
+        return self._ctypes.get_errno()
+
+    def failed(self) -> OSError:
+        """The same as an error to raise."""
+        code = self.errno()
+        return OSError(code, os.strerror(code))
 
 
-def _function(name: str, *arguments: type) -> "ctypes._FuncPointer | None":
-    function = getattr(_libc, name, None)
-    if function is not None:
-        function.argtypes = arguments
-        function.restype = ctypes.c_int
-    return function
-
-
-_off = ctypes.c_int64
-# On 64-bit systems off_t has 64 bits anyway; on others the plain name takes 32.
-_fallocate = _function("fallocate64", ctypes.c_int, ctypes.c_int, _off, _off) or _function(
-    "fallocate", ctypes.c_int, ctypes.c_int, _off, _off
-)
-_fstatfs = _function("fstatfs", ctypes.c_int, ctypes.c_void_p)
-_statx = _function("statx", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p)
-_prctl = _libc.prctl
-_prctl.restype = ctypes.c_int
-_syscall = _libc.syscall
-_syscall.restype = ctypes.c_long
-
-
-def _failed() -> OSError:
-    code = ctypes.get_errno()
-    return OSError(code, os.strerror(code))
+@cache
+def _libc() -> _Libc:
+    return _Libc()
 
 
 def syscall(number: int, *arguments: object) -> int:
@@ -73,9 +98,10 @@ def syscall(number: int, *arguments: object) -> int:
     Raises:
         OSError: it failed.
     """
-    result = int(_syscall(ctypes.c_long(number), *arguments))
+    libc = _libc()
+    result = int(libc.syscall(*libc.integers(number), *arguments))
     if result < 0:
-        raise _failed()
+        raise libc.failed()
     return result
 
 
@@ -85,8 +111,9 @@ def no_new_privileges() -> None:
     Raises:
         OSError: the kernel does not know that (Linux 3.5).
     """
-    if _prctl(ctypes.c_int(PR_SET_NO_NEW_PRIVS), *map(ctypes.c_ulong, (1, 0, 0, 0))) != 0:
-        raise _failed()
+    libc = _libc()
+    if libc.prctl(*libc.integers(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)) != 0:
+        raise libc.failed()
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
@@ -95,19 +122,21 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     Raises:
         OSError: EOPNOTSUPP or ENOSYS where the file system lacks the mode; nothing was changed then.
     """
-    if _fallocate is None:
+    libc = _libc()
+    if libc.fallocate is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    while _fallocate(fd, mode, offset, length) != 0:
-        problem = _failed()
+    while libc.fallocate(fd, mode, offset, length) != 0:
+        problem = libc.failed()
         if problem.errno != errno.EINTR:
             raise problem
 
 
 def file_system_magic(fd: int) -> int:
     """The `f_type` of the file system that an open file lies on, as in <linux/magic.h>."""
-    buffer = ctypes.create_string_buffer(256)
-    if _fstatfs is None or _fstatfs(fd, buffer) != 0:
-        raise _failed()
+    libc = _libc()
+    buffer = libc.buffer(256)
+    if libc.fstatfs is None or libc.fstatfs(fd, buffer) != 0:
+        raise libc.failed()
     return int(struct.unpack_from("l", buffer.raw)[0]) & 0xFFFFFFFF
 
 
@@ -117,15 +146,13 @@ def nowait_flags(fd: int) -> int | None:
     Returns:
         0 on file systems that live in memory, `RWF_NOWAIT` where the file takes it, None if there are none.
     """
-    if file_system_magic(fd) in MEMORY_FILE_SYSTEMS:
-        return 0
     try:
         os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
     except BlockingIOError:
         return os.RWF_NOWAIT  # it is understood: this byte is not in the page cache
     except OSError as problem:
         if problem.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-            return None
+            return 0 if file_system_magic(fd) in MEMORY_FILE_SYSTEMS else None
         return os.RWF_NOWAIT  # a bad sector, for example: whoever reads it will be told
     return os.RWF_NOWAIT
 
@@ -156,6 +183,8 @@ def device_is_read_only(fd: int) -> bool:
 def discard_granularity(fd: int) -> int:
     """The unit in which a block device gives space back, in bytes; 0 if it does not say or can't."""
     number = os.fstat(fd).st_rdev
+    from pathlib import Path
+
     device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
     for folder in (device, device.parent):  # a partition has no queue of its own
         try:
@@ -217,8 +246,9 @@ class DirectAlignment(NamedTuple):
 
 def direct_alignment(fd: int) -> DirectAlignment | None:
     """What the kernel says of direct I/O on a file (statx, Linux 6.1); None if it does not say."""
-    buffer = ctypes.create_string_buffer(256)
-    if _statx is None or _statx(fd, b"", AT_EMPTY_PATH, STATX_DIOALIGN, buffer) != 0:
+    libc = _libc()
+    buffer = libc.buffer(256)
+    if libc.statx is None or libc.statx(fd, b"", AT_EMPTY_PATH, STATX_DIOALIGN, buffer) != 0:
         return None
     mask = struct.unpack_from("I", buffer.raw, 0)[0]
     memory, offset = struct.unpack_from("II", buffer.raw, 0x98)
@@ -227,15 +257,8 @@ def direct_alignment(fd: int) -> DirectAlignment | None:
     return DirectAlignment(memory, offset)
 
 
-class _Cachestat(ctypes.Structure):
-    _fields_ = (
-        ("cached", ctypes.c_uint64),
-        ("dirty", ctypes.c_uint64),
-        ("writeback", ctypes.c_uint64),
-        ("evicted", ctypes.c_uint64),
-        ("recently_evicted", ctypes.c_uint64),
-    )
-
+CACHESTAT_BYTES = 5 * 8
+"""struct cachestat: pages that are cached, dirty, being written, evicted, and evicted lately."""
 
 PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 
@@ -255,11 +278,13 @@ def resident_bytes(fd: int, offset: int, length: int) -> int | None:
     """
     if not _Cachestats.available:
         return None
-    wanted = struct.pack("QQ", offset, length)
-    found = _Cachestat()
-    if _syscall(SYS_CACHESTAT, ctypes.c_uint(fd), wanted, ctypes.byref(found), ctypes.c_uint(0)) != 0:
-        if ctypes.get_errno() in (errno.ENOSYS, errno.EPERM):
+    libc = _libc()
+    wanted, found = struct.pack("QQ", offset, length), libc.buffer(CACHESTAT_BYTES)
+    number, file, flags = libc.integers(SYS_CACHESTAT, fd, 0)
+    if libc.syscall(number, file, wanted, found, flags) != 0:
+        if libc.errno() in (errno.ENOSYS, errno.EPERM):
             _Cachestats.available = False
         return None
+    (cached,) = struct.unpack_from("Q", found.raw)
     touched = (offset + length - 1) // PAGE_BYTES - offset // PAGE_BYTES + 1
-    return max(length - (touched - int(found.cached)) * PAGE_BYTES, 0)
+    return max(length - (touched - int(cached)) * PAGE_BYTES, 0)

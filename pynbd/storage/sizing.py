@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-from pathlib import Path
 
 from pynbd.block.alignment import BOUNCE_BYTES, pieces
 from pynbd.block.driver import Preallocation
@@ -96,7 +95,8 @@ def create(filename: str, size: int, preallocation: Preallocation, locking: str)
             raise opening.explained(filename, problem, verb="create") from problem
     except BaseException:
         if new:
-            Path(filename).unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(filename)  # noqa: PTH108  # see _sync_folder
         raise
     finally:
         os.close(fd)
@@ -104,7 +104,9 @@ def create(filename: str, size: int, preallocation: Preallocation, locking: str)
 
 def _sync_folder(filename: str) -> None:
     """See that a new file's name outlives a power failure, too."""
-    folder = os.open(Path(filename).absolute().parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    # Without pathlib, whose import takes longer than all this.
+    parent = os.path.dirname(filename) or os.curdir  # noqa: PTH120  # as said
+    folder = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(folder)
     finally:

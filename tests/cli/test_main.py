@@ -31,6 +31,27 @@ def test_help_imports_nothing_that_is_slow(arguments: list[str]) -> None:
     assert (done.returncode, done.stderr.replace("pynbd: the following arguments are required: VERB\n", "")) == (0, "")
 
 
+NOT_FOR_SMALL_COMMANDS = (
+    *("cryptography", "ctypes", "difflib", "json", "nbd_protocol", "pathlib", "rich", "shutil", "tempfile"),
+    *("pynbd.crypto", "pynbd.server", "pynbd.storage.aio", "pynbd.storage.nbd"),
+    *(f"pynbd.formats.qcow2.{part}" for part in ("bitmaps", "check", "encryption", "snapshots")),
+)
+"""What takes a good part of the time that a command needs which only looks into the header of an image."""
+
+
+def test_small_commands_import_what_they_need(tmp_path: Path) -> None:
+    image = str(tmp_path / "disk.qcow2")
+    for arguments in (["img", "create", "-q", "-f", "qcow2", image, "1G"], ["img", "info", image]):
+        program = (
+            "import sys\nfrom pynbd.cli import main\n"
+            f"before = set(sys.modules)\nstatus = main({arguments!r})\n"
+            f"found = set({NOT_FOR_SMALL_COMMANDS!r}) & (set(sys.modules) - before)\n"
+            "sys.exit(' '.join(sorted(found)) or status)"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), arguments
+
+
 @pytest.mark.parametrize("verb", ["", "serve"])
 def test_help_fits_a_terminal(verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")

@@ -16,7 +16,6 @@ from pynbd.block.graph import Graph
 from pynbd.block.node import Node
 from pynbd.block.options import NodeOptions
 from pynbd.block.permissions import Permission
-from pynbd.cli.img import qemu_json
 from pynbd.cli.img.arguments import cache_mode
 
 SECTOR_BYTES = 512
@@ -221,6 +220,8 @@ def filename_of(node: Node) -> str:
         name = filename_of(child.node)
         if not name.startswith("json:"):
             return name
+    from pynbd.cli.img import qemu_json
+
     return "json:" + qemu_json.compact(_tree_of(node))
 
 

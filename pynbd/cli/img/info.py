@@ -27,7 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 async def run(arguments: argparse.Namespace) -> int:
     """Carry the verb out; its exit status."""
-    from pynbd.cli.img import qemu_json
     from pynbd.cli.img.images import describe
 
     graph = common.new_graph(arguments)
@@ -35,6 +34,8 @@ async def run(arguments: argparse.Namespace) -> int:
     tree = describe(graph, filename, arguments.format, image_opts=arguments.image_opts)
     chain = [info async for info in _chain(graph, tree, arguments)]
     if arguments.output == "json":
+        from pynbd.cli.img import qemu_json
+
         print(qemu_json.pretty(chain if arguments.backing_chain else chain[0]))
     else:
         print("\n\n".join("\n".join(human_lines(info)) for info in chain))

@@ -1,6 +1,5 @@
 """JSON as QEMU's tools print it, to the last blank."""
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -28,7 +27,7 @@ def pretty(value: Any, depth: int = 0) -> str:
     """Several lines, as `--output=json` has them."""
     blanks, outer = " " * INDENTATION * (depth + 1), " " * INDENTATION * depth
     if isinstance(value, Mapping):
-        lines = [f"{blanks}{json.dumps(key)}: {pretty(item, depth + 1)}" for key, item in in_order(value)]
+        lines = [f"{blanks}{_scalar(key)}: {pretty(item, depth + 1)}" for key, item in in_order(value)]
         return "{\n" + ",\n".join(lines) + ("\n" if lines else "") + outer + "}"
     if isinstance(value, list | tuple):
         lines = [blanks + pretty(item, depth + 1) for item in value]
@@ -39,13 +38,15 @@ def pretty(value: Any, depth: int = 0) -> str:
 def compact(value: Any) -> str:
     """One line, as in `json:{…}` names."""
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(key)}: {compact(item)}" for key, item in in_order(value)) + "}"
+        return "{" + ", ".join(f"{_scalar(key)}: {compact(item)}" for key, item in in_order(value)) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(compact, value)) + "]"
     return _scalar(value)
 
 
 def _scalar(value: Any) -> str:
+    import json  # not for those who only want the order
+
     if isinstance(value, str):
         # A file name is bytes; what is no UTF-8 in it can't be told in JSON.
         value = value.encode(errors="surrogateescape").decode(errors="replace")

@@ -222,7 +222,7 @@ class Writing:
         await _resize(self.file, 0)
         await _resize(self.file, plan.total * cluster if preallocation is not Preallocation.OFF else metadata_end)
         # A device keeps what it held: nobody must take that for a header before the end.
-        await self.file.write_zeroes(0, cluster)
+        await self.file.write(0, memoryview(bytes(cluster)))
 
     async def run(self, preallocation: Preallocation, data_file: BlockBackend | None) -> None:
         """Write it all, the header last."""

@@ -12,6 +12,7 @@ opened for writing only to be repaired.
 """
 
 import errno
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,8 +27,7 @@ from pynbd.block.limits import Limits
 from pynbd.block.options import NodeOptions, OnOff, Size
 from pynbd.block.permissions import ChildRole, Permission
 from pynbd.block.requests import RequestFlag
-from pynbd.formats.qcow2 import amending, check, creation, layout, resizing
-from pynbd.formats.qcow2.bitmaps import BitmapStore
+from pynbd.formats.qcow2 import amending, creation, layout, resizing
 from pynbd.formats.qcow2.creation import Qcow2CreationOptions
 from pynbd.formats.qcow2.encrypt_options import EncryptOptions
 from pynbd.formats.qcow2.header_file import read_header
@@ -35,7 +35,6 @@ from pynbd.formats.qcow2.image import Image
 from pynbd.formats.qcow2.layout import CryptMethod, Incompatible
 from pynbd.formats.qcow2.mapping import ClusterMapping
 from pynbd.formats.qcow2.reading import ClusterReader
-from pynbd.formats.qcow2.snapshots import SnapshotStore
 from pynbd.formats.qcow2.vm_state import VmState
 from pynbd.formats.qcow2.writing import Writer
 
@@ -46,7 +45,8 @@ REFCOUNT_CACHE_TABLES = 64
 COMPRESSED = int(RequestFlag.COMPRESSED)
 
 if TYPE_CHECKING:
-    pass
+    from pynbd.formats.qcow2.bitmaps import BitmapStore
+    from pynbd.formats.qcow2.snapshots import SnapshotStore
 
 
 class Qcow2Options(NodeOptions, frozen=True, kw_only=True):
@@ -85,9 +85,7 @@ class Qcow2(ClusterReader):
     write_flags = COMPRESSED
     options: Qcow2Options
     writer: Writer
-    snapshots: SnapshotStore
     vm_state: VmState
-    bitmaps: BitmapStore
 
     @classmethod
     def probe(cls, head: bytes, filename: str) -> int:
@@ -138,13 +136,12 @@ class Qcow2(ClusterReader):
         await image.load()
         self.map = ClusterMapping(image)
         self.writer = Writer(self)
-        self.snapshots = SnapshotStore(self)
         self.vm_state = VmState(self)
-        self.bitmaps = BitmapStore(self)
         self.size = header.size
         if not self.for_check:
-            await self.snapshots.load()
-            await self.bitmaps.load()
+            await self._load_snapshots()
+            if header.bitmaps is not None:
+                await self.bitmaps.load()
         alignment = 1
         if header.crypt_method != CryptMethod.NONE:
             from pynbd.formats.qcow2.encryption import Encryption
@@ -161,21 +158,44 @@ class Qcow2(ClusterReader):
         if not self.node.read_only and not self.for_check:
             await self._open_for_writing()
 
+    # What most images do not have is imported for those that do: small commands are done in little more time.
+
+    @functools.cached_property
+    def snapshots(self) -> "SnapshotStore":
+        """The snapshots that the image keeps."""
+        from pynbd.formats.qcow2.snapshots import SnapshotStore
+
+        return SnapshotStore(self)
+
+    async def _load_snapshots(self) -> None:
+        if self.header.nb_snapshots or "snapshots" in vars(self):
+            await self.snapshots.load()
+
+    @functools.cached_property
+    def bitmaps(self) -> "BitmapStore":
+        """The bitmaps that it keeps."""
+        from pynbd.formats.qcow2.bitmaps import BitmapStore
+
+        return BitmapStore(self)
+
     async def _open_for_writing(self) -> None:
         header, image = self.header, self.image
         if Incompatible.CORRUPT in header.incompatible:
             raise BlockError(f"{self.image_name}: the image is marked as corrupt: repair it, or open it read-only")
         await image.begin_writing()
         if Incompatible.DIRTY in header.incompatible:
+            from pynbd.formats.qcow2 import check
+
             await check.repair_dirty(image)
-            await self.snapshots.load()
+            await self._load_snapshots()
         lazy = self.options.lazy_refcounts
         if lazy and header.version < 3:
             raise OptionError(f"{self.image_name}: lazy-refcounts needs an image of compat 1.1 or newer")
         image.lazy = header.lazy_refcounts if lazy is None else lazy
         passed = self.options.pass_discard_request
         image.given_up.discard = self.node.options.discard in ("unmap", "on") if passed is None else passed
-        await self.bitmaps.begin_writing()
+        if header.bitmaps is not None:
+            await self.bitmaps.begin_writing()
 
     def _cache_sizes(self) -> tuple[int, int]:
         """(L2, refcount) bytes of tables that may be kept."""
@@ -202,6 +222,8 @@ class Qcow2(ClusterReader):
 
     async def check(self, repair: Repair, progress: Progress = no_progress) -> CheckResult:
         """See `Checkable`."""
+        from pynbd.formats.qcow2 import check
+
         if repair is not Repair.NOTHING:
             if self.node.read_only:
                 raise io_error(errno.EROFS, self.image_name, "it is to be repaired, but was opened read-only")
@@ -210,14 +232,15 @@ class Qcow2(ClusterReader):
             return await check.check(self.image, repair, progress)
         finally:
             if repair is not Repair.NOTHING and not self.for_check:
-                await self.snapshots.load()
-                await self.bitmaps.look_again()
+                await self._load_snapshots()
+                if self.header.bitmaps is not None or "bitmaps" in vars(self):
+                    await self.bitmaps.look_again()
 
     async def close(self) -> None:
         if self.node.read_only or self.image.fence is not None:
             return
         try:
-            if not self.for_check:
+            if not self.for_check and (self.node.bitmaps or "bitmaps" in vars(self)):
                 await self.bitmaps.store()
         finally:
             await self.image.close()
@@ -246,6 +269,8 @@ class Qcow2(ClusterReader):
 
     def snapshot_list(self) -> Sequence[SnapshotInfo]:
         """All snapshots, oldest first."""
+        if not self.header.nb_snapshots and "snapshots" not in vars(self):
+            return ()
         return [snapshot.info() for snapshot in self.snapshots.entries]
 
     async def snapshot_create(self, name: str, *, vm_clock_ns: int = 0) -> SnapshotInfo:
@@ -331,7 +356,7 @@ class Qcow2(ClusterReader):
         specific["compression-type"] = header.compression_type.name.lower()
         if header.version >= 3:
             specific["lazy-refcounts"] = header.lazy_refcounts
-            if self.bitmaps.entries:
+            if header.bitmaps is not None and self.bitmaps.entries:
                 specific["bitmaps"] = [
                     {"flags": list(bitmap.flags), "name": bitmap.name, "granularity": bitmap.granularity}
                     for bitmap in self.stored_bitmaps()
