@@ -62,7 +62,10 @@ def parse_with_environment(
     from_variables = _parse_variables(parser, variables, parse, argparse.Namespace(**silence))
     for name in silence.keys() - said:
         value = getattr(from_variables, name)
-        setattr(given, name, parser.get_default(name) if value in (None, []) else value)
+        if value in (None, []):
+            default = parser.get_default(name)
+            value = [] if default is None and silence[name] is not None else default
+        setattr(given, name, value)
     return given, rest
 
 

@@ -42,9 +42,9 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 def test_without_variables_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty variable says nothing, and the defaults are those of a command line that says nothing."""
-    plain = serve_arguments("disk.raw")
+    plain, nothing = serve_arguments("disk.raw"), serve_arguments()
     monkeypatch.setenv("PYNBD_SERVE_FORMAT", "")
-    assert serve_arguments("disk.raw") == plain
+    assert (serve_arguments("disk.raw"), serve_arguments()) == (plain, nothing)
 
 
 def test_each_kind_of_option(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,3 +174,5 @@ def test_where_it_listens_if_nothing_says_it(tmp_path: Path, make_disk: DiskMake
     assert listens(*default, "-b", "localhost", "driver=null,size=1M") == ("localhost:10809",)
     assert listens(*default, "-k", "/run/s", "driver=null,size=1M") == ("unix:/run/s",)
     assert listens(*default, "--config", str(config)) == ("127.0.0.1:0",)
+    config.write_text(config.read_text().replace("listen", "# listen"))
+    assert listens(*default, "--config", str(config)) == ("0.0.0.0:10809",)
