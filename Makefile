@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+IMAGE ?= pynbd
+IMAGE_ARGS ?=
 
 python = $(VENV)/bin/python
 # not empty when the user named a Python, in the environment or on the command line
@@ -16,7 +18,7 @@ ifneq ($(shell { $(PYTHON) -V; } 2>/dev/null),$(shell { $(python) -V; } 2>/dev/n
 endif
 endif
 
-.PHONY: help serve test lint types pytest attach bench packages
+.PHONY: help serve test lint types pytest attach bench image packages
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -45,6 +47,9 @@ attach: $(VENV)/.installed-dev packages ## shows a kernel that attaches: SCENARI
 
 bench: $(VENV)/.installed-dev packages ## pynbd beside qemu-nbd and nbdkit; BENCH_ARGS="--help" tells what it can
 	$(python) -m tests.benchmarks $(BENCH_ARGS)
+
+image: ## a container image of docker/Dockerfile, by docker, podman or buildah: [IMAGE=pynbd] [IMAGE_ARGS=…]
+	@docker/build_image "$(IMAGE)" $(IMAGE_ARGS)
 
 packages: ## the Debian packages of tests/packages.txt and, beside the system's, a recent QEMU
 	@tests/setup/install_packages
