@@ -16,9 +16,6 @@ from pynbd.cli.serve_config import configuration
 from tests import peers
 from tests.conftest import DiskMaker
 
-CHOSEN = {"cache": "none", "aio": "native", "discard": "unmap", "tls": "off", "detect_zeroes": "off"}
-"""Something for those options that want one of a few words."""
-
 
 @pytest.fixture(autouse=True)
 def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +105,7 @@ def test_every_option_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
         flag = next((flag for flag in action.option_strings if flag in flags - elsewhere - {"--help"}), "")
         if flag:
             name = f"PYNBD_SERVE_{flag.removeprefix('--').replace('-', '_').upper()}"
-            monkeypatch.setenv(name, CHOSEN.get(action.dest, "1"))
+            monkeypatch.setenv(name, next((word for word in action.choices or ["1"] if word != action.default), ""))
             assert getattr(serve_arguments(), action.dest) != getattr(plain, action.dest), name
             monkeypatch.delenv(name)
             tried += 1
