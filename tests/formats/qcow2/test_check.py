@@ -211,8 +211,15 @@ async def test_repair_of_leaks_leaves_all_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "seed"),
     [
-        # An image with the largest clusters takes a second per flip.
-        pytest.param(options, seed, marks=[pytest.mark.slow] if seed and (seed > 1 or "2M" in options) else [])
+        # An image with the largest clusters takes a second per flip, on a busy machine several.
+        pytest.param(
+            options,
+            seed,
+            marks=[
+                pytest.mark.timeout(600 if "2M" in options else 120),
+                *([pytest.mark.slow] if seed and (seed > 1 or "2M" in options) else []),
+            ],
+        )
         for options in OPTIONS
         for seed in range(3)
     ],
