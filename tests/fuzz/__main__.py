@@ -53,7 +53,7 @@ def main() -> None:
     options = [
         f"-max_total_time={max(1, round(arguments.minutes * 60))}",
         f"-max_len={MAX_INPUT_BYTES[target]}",
-        f"-rss_limit_mb={MEMORY_LIMIT_MIB}",
+        f"-rss_limit_mb=0{MEMORY_LIMIT_MIB}",
         f"-timeout={TIME_LIMIT_S}",
         f"-artifact_prefix={found}{os.sep}",
         f"-dict={words}",

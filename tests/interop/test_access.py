@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -131,7 +132,7 @@ def test_names_of_certificates(pki: Path, random_disk: Path, tmp_path: Path) -> 
     ],
 )
 def test_what_is_wrong_is_told_before_anything_is_opened(flags: list[str], said: str) -> None:
-    refused = refusal_of("python", "-m", "pynbd", "serve", "--check-config", *flags, "driver=null,size=1M")
+    refused = refusal_of(sys.executable, "-m", "pynbd", "serve", "--check-config", *flags, "driver=null,size=1M")
     assert said in refused
 
 
