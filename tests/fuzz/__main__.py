@@ -17,6 +17,8 @@ HERE = Path(__file__).parent
 KEPT = HERE.parent.parent / ".cache" / "fuzz"
 
 MAX_INPUT_BYTES = {"server": 2048, "client": 4096, "uri": 512, "image": 1 << 17}
+TIME_LIMIT_S = 20
+"""What one input may take."""
 
 with atheris.instrument_imports(include=["nbd_protocol", "pynbd.formats.qcow2"]):
     from pynbd.block import registry
