@@ -181,7 +181,6 @@ def test_the_compose_file(engine: Engine) -> None:
         server.stop()
 
 
-@pytest.mark.skip(reason="podman play kube ends with an error on a busy machine")
 def test_the_manifest_for_kubernetes(engine: Engine, pki: Path) -> None:
     """Volumes, configuration, secret, the container that makes the disk, security context and probe."""
     with played(engine, pki) as container:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ HERE = Path(__file__).parent
 KEPT = HERE.parent.parent / ".cache" / "fuzz"
 
 MAX_INPUT_BYTES = {"server": 2048, "client": 4096, "uri": 512, "image": 1 << 17}
+MEMORY_LIMIT_BYTES = 1 << 30
 TIME_LIMIT_S = 20
 """What one input may take."""
 
@@ -52,7 +54,7 @@ def main() -> None:
     options = [
         f"-max_total_time={max(1, round(arguments.minutes * 60))}",
         f"-max_len={MAX_INPUT_BYTES[target]}",
-        "-rss_limit_mb=0",
+        "-rss_limit_mb=0",  # it would count what the process that has started this one once had
         f"-timeout={TIME_LIMIT_S}",
         f"-artifact_prefix={found}{os.sep}",
         f"-dict={words}",
@@ -60,6 +62,7 @@ def main() -> None:
         "-print_final_stats=1",
     ]
     atheris.Setup([sys.argv[0], *options, str(kept), str(seeds), str(HERE / "corpus" / target)], TARGETS[target])
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     atheris.Fuzz()
 
 
