@@ -11,7 +11,13 @@ from tests.peers import ROOT
 
 MANIFEST = ROOT / "docker/kubernetes.yaml"
 
-KEEP_FIRST = "io.podman.annotations.init.container.type: always"
+PODMAN_FORM = {
+    "image: pynbd\n": f"image: {IMAGE}\n",
+    "kind: Deployment\nmetadata:\n": (
+        "kind: Deployment\nmetadata:\n  annotations: {io.podman.annotations.init.container.type: always}\n"
+    ),
+    "      automountServiceAccountToken:": "      restartPolicy: Never\n      automountServiceAccountToken:",
+}
 
 SECRET_FILES = ("ca-cert.pem", "server-cert.pem", "server-key.pem")
 
@@ -21,14 +27,15 @@ def played(engine: Engine, pki: Path) -> Iterator[Container]:
     """The container of the manifest's deployment.
 
     podman 4.3 takes a secret as the text of a manifest, and its data as they are instead of in base64. It knows the
-    image by the name that it was built under. The container that makes the disk is removed by it when that is done, at
-    times before it knows that it has ended: so it is told to keep it.
+    image by the name that it was built under. It may start the container that makes the disk again when that has ended,
+    and fail to remove it then: so it is told to do neither.
     """
     manifest = engine.folder / "kubernetes.yaml"
-    text = MANIFEST.read_text().replace("image: pynbd\n", f"image: {IMAGE}\n")
-    template = "  template:\n    metadata:\n"
-    assert text.count(template) == 1
-    manifest.write_text(text.replace(template, f"{template}      annotations: {{{KEEP_FIRST}}}\n"))
+    text = MANIFEST.read_text()
+    for before, after in PODMAN_FORM.items():
+        assert text.count(before) >= 1, before
+        text = text.replace(before, after)
+    manifest.write_text(text)
     lines = ["apiVersion: v1", "kind: Secret", "metadata: {name: pynbd-server-pki}", "data:"]
     for name in SECRET_FILES:
         lines += [f"  {name}: |", *(f"    {line}" for line in (pki / name).read_text().splitlines())]
