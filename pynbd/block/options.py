@@ -288,6 +288,9 @@ def _typed(value: Any, info: msgspec.inspect.Type, path: str, driver: str) -> An
         return _typed(value, info.type, path, driver)
     if isinstance(info, msgspec.inspect.UnionType):
         kinds = [kind for kind in info.types if not isinstance(kind, msgspec.inspect.NoneType)]
+        if len(kinds) > 1:  # a value, or a group
+            is_group = isinstance(value, Mapping)
+            kinds = [kind for kind in kinds if isinstance(kind, msgspec.inspect.StructType) == is_group]
         return _typed(value, kinds[0], path, driver) if len(kinds) == 1 else value
     if isinstance(info, msgspec.inspect.BoolType) and isinstance(value, str):
         return _of_driver(parse_switch, value, path, driver)

@@ -160,8 +160,8 @@ def _group_of(info: msgspec.inspect.Type) -> tuple[type[msgspec.Struct] | None, 
     if isinstance(info, msgspec.inspect.Metadata):
         return _group_of(info.type)
     if isinstance(info, msgspec.inspect.UnionType):
-        kinds = [kind for kind in info.types if not isinstance(kind, msgspec.inspect.NoneType)]
-        return _group_of(kinds[0]) if len(kinds) == 1 else (None, "")
+        found = [_group_of(kind) for kind in info.types]
+        return next((group for group in found if group[0] is not None), (None, ""))
     if isinstance(info, msgspec.inspect.ListType | msgspec.inspect.VarTupleType):
         return _group_of(info.item_type)[0], "N."
     return (info.cls, "") if isinstance(info, msgspec.inspect.StructType) else (None, "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import pytest
@@ -49,6 +49,7 @@ class DiskOptions(NodeOptions, frozen=True, kw_only=True):
     server: Server | None = None
     paths: list[str] = msgspec.field(default_factory=list)
     sizes: tuple[Size, ...] = ()
+    mode: Literal["none", "all"] | Server = "all"
 
 
 class NeedyOptions(NodeOptions, frozen=True, kw_only=True):
@@ -349,6 +350,15 @@ def test_where_an_option_stands_is_said() -> None:
         convert({}, NeedyOptions, path="file.", driver="needy")
     with pytest.raises(OptionError, match=r"^x: table \[server\] has no such option"):
         convert({"x": 1}, DiskOptions, driver="[server]")
+
+
+def test_a_value_or_a_group() -> None:
+    assert made(mode="none").mode == "none"
+    assert made(mode={"host": "here", "keep-alive": "off"}).mode == Server(host="here", keep_alive=False)
+    with pytest.raises(OptionError, match="mode: 'some' is not one of 'all', 'none'"):
+        made(mode="some")
+    with pytest.raises(OptionError, match=r"mode\.port: driver 'disk' has no such option"):
+        made(mode={"port": 1})
 
 
 ANYTHING = st.recursive(

@@ -4,7 +4,7 @@ from array import array
 
 from pynbd.block.alignment import round_up
 from pynbd.formats.qcow2.image import Image
-from pynbd.formats.qcow2.refcounts import Run
+from pynbd.formats.qcow2.overlap import Kind
 from pynbd.formats.qcow2.tables import to_disk
 
 SIZE_TO_L1 = (24, 48)
@@ -30,20 +30,20 @@ async def replace_l1(image: Image, words: "array[int]", size: int) -> None:
     header = image.header
     old_offset, old_bytes = header.l1_table_offset, header.l1_size * 8
     length = len(words) * 8
-    offset = await image.allocate_metadata(length) if words else 0
+    offset = await image.allocate_metadata(Kind.ACTIVE_L1, length) if words else 0
     try:
         if words:
-            await image.write_metadata(offset, _padded(words, image))
+            await image.write_metadata(Kind.ACTIVE_L1, offset, _padded(words, image))
         await image.commit_all()
         await image.write_counts_now()
     except BaseException:
-        await release_metadata(image, offset, length)
+        await image.release_metadata(offset, length)
         raise
     # Should this fail, the new table keeps its place: either is good, whatever is on the disk.
     await image.change_fields(*SIZE_TO_L1, size=size, l1_size=len(words), l1_table_offset=offset)
     image.l1[:] = words
     if old_bytes:
-        image.given_up.add(old_offset, old_bytes)
+        image.given_up.add(old_offset, old_bytes, structure=True)
 
 
 async def grow_l1(image: Image, entries: int) -> None:
@@ -61,30 +61,21 @@ async def grow_l1(image: Image, entries: int) -> None:
         # As it is on the disk: in memory it may point to what was not written yet.
         words = await image.read_words(old_offset, header.l1_size, "the L1 table") + more
         moves = entries * 8 > round_up(old_bytes, image.cluster_size)
-        offset = await image.allocate_metadata(entries * 8) if moves else old_offset
+        offset = await image.allocate_metadata(Kind.ACTIVE_L1, entries * 8) if moves else old_offset
         try:
-            await image.write_metadata(offset, _padded(words, image))
+            await image.write_metadata(Kind.ACTIVE_L1, offset, _padded(words, image))
             await image.write_counts_locked()
         except BaseException:
             if moves:
-                await release_metadata(image, offset, entries * 8)
+                await image.release_metadata(offset, entries * 8)
             raise
         await image.change_fields(*L1, l1_size=entries, l1_table_offset=offset)
         image.l1.extend(more)
         if moves and old_bytes:
-            image.given_up.add(old_offset, old_bytes)
+            image.given_up.add(old_offset, old_bytes, structure=True)
 
 
 def _padded(words: "array[int]", image: Image) -> bytes:
     """The bytes of an L1 table, with zeroes up to the end of its last cluster."""
     data = to_disk(words)
     return data.ljust(round_up(len(data), image.cluster_size), b"\0")
-
-
-async def release_metadata(image: Image, offset: int, length: int) -> None:
-    """Give back clusters of `Image.allocate_metadata` that nothing has ever pointed to."""
-    bits = image.cluster_bits
-    clusters = -(-length // image.cluster_size)
-    if clusters:
-        await image.release(Run(offset >> bits, clusters))
-        image.metadata.difference_update(range(offset >> bits, (offset >> bits) + clusters))

@@ -18,6 +18,7 @@ from pynbd.formats.qcow2 import downgrade, layout, resizing
 from pynbd.formats.qcow2.creation import COMPATS, counting_clusters
 from pynbd.formats.qcow2.encrypt_options import EncryptAmendOptions
 from pynbd.formats.qcow2.layout import Autoclear, Compatible, CryptMethod, Incompatible
+from pynbd.formats.qcow2.overlap import Kind
 from pynbd.formats.qcow2.refcounts import TYPECODES, Refcounts, pack
 from pynbd.formats.qcow2.tables import to_disk
 
@@ -163,12 +164,14 @@ async def change_refcount_bits(driver: "Qcow2", bits: int, progress: Progress) -
     # Those that count are counted as well, and taking them may take more blocks of the old width.
     table, blocks = counting_clusters(header, used + 64)
     header.refcount_order = width
-    offset = await image.allocate_metadata((table + blocks) * image.cluster_size)
+    offset = await image.allocate_metadata(Kind.REFCOUNT_TABLE, (table + blocks) * image.cluster_size)
+    image.metadata.forget((offset >> image.cluster_bits) + table, blocks)
+    image.metadata.note(Kind.REFCOUNT_BLOCK, offset + table * image.cluster_size, blocks * image.cluster_size)
     await image.commit_all()
     await image.write_counts_now()
     entries = await _write_counts(driver, old, order, offset + table * image.cluster_size, blocks, progress)
     data = to_disk(entries).ljust(table * image.cluster_size, b"\0")
-    await image.write_metadata(offset, data)
+    await image.write_metadata(Kind.REFCOUNT_TABLE, offset, data)
     await image.barrier()
     gone = [(header.refcount_table_offset, header.refcount_table_clusters << image.cluster_bits)]
     gone += [(block, image.cluster_size) for block in old.table if block]
@@ -177,7 +180,7 @@ async def change_refcount_bits(driver: "Qcow2", bits: int, progress: Progress) -
     )
     image.recount(entries, table)
     for place, length in gone:
-        image.given_up.add(place, length)
+        image.given_up.add(place, length, structure=True)
     await image.commit_all()
 
 
@@ -216,6 +219,6 @@ async def _write_counts(
             if block is not None:
                 at = index * old.per_block + first - number * per_block
                 counts[at : at + last - first] = array(TYPECODES[order], block.words[first:last])
-        await image.write_metadata(offset + number * image.cluster_size, pack(counts, order))
+        await image.write_metadata(Kind.REFCOUNT_BLOCK, offset + number * image.cluster_size, pack(counts, order))
         entries.append(offset + number * image.cluster_size)
     return entries

@@ -16,10 +16,10 @@ from pynbd.block.bitmaps import DirtyBitmap
 from pynbd.block.errors import BlockError, ImageError
 from pynbd.block.families import BitmapInfo
 from pynbd.formats.qcow2 import layout
-from pynbd.formats.qcow2.active_l1 import release_metadata
 from pynbd.formats.qcow2.bitmap_directory import StoredBitmap, build_directory, read_bits, read_directory, read_table
 from pynbd.formats.qcow2.header import BitmapsPointer
 from pynbd.formats.qcow2.layout import Autoclear, BitmapFlag
+from pynbd.formats.qcow2.overlap import Kind
 from pynbd.formats.qcow2.tables import to_disk
 
 if TYPE_CHECKING:
@@ -110,15 +110,15 @@ class BitmapStore:
         marked = [self._marked(entry) for entry in self.entries]
         if marked != self.entries:
             self.entries = marked
-            await image.write_metadata(pointer.directory_offset, build_directory(marked))
+            await image.write_metadata(Kind.BITMAP_DIRECTORY, pointer.directory_offset, build_directory(marked))
             await image.file.flush()
 
     async def _note_metadata(self, pointer: BitmapsPointer) -> None:
         """Nobody is to take the places of bitmaps for his data."""
-        self.image.note_metadata(pointer.directory_offset, pointer.directory_size)
+        self.image.metadata.note(Kind.BITMAP_DIRECTORY, pointer.directory_offset, pointer.directory_size)
         for entry in self.entries:
             for offset, length in await self._places(entry):
-                self.image.note_metadata(offset, length)
+                self.image.metadata.note(Kind.BITMAP, offset, length)
 
     async def look_again(self) -> None:
         """The image was repaired while it is open: what it says of bitmaps may lie elsewhere.
@@ -212,7 +212,7 @@ class BitmapStore:
             await image.write_counts_now()
         except BaseException:
             for offset, length in taken:
-                await release_metadata(image, offset, length)
+                await image.release_metadata(offset, length)
             raise
         gone = [
             place for entry in old if entry.name not in kept or entry not in new for place in await self._places(entry)
@@ -228,7 +228,7 @@ class BitmapStore:
         if before is not None:
             gone.append((before.directory_offset, before.directory_size))
         for offset, length in gone:
-            image.given_up.add(offset, length)
+            image.given_up.add(offset, length, structure=True)
 
     async def _lose(self) -> None:
         """The image was made one of compat 0.10, which keeps no bitmaps: give up all that belongs to them."""
@@ -238,7 +238,7 @@ class BitmapStore:
             places.append((self.directory.directory_offset, self.directory.directory_size))
         self.entries, self.directory = [], None
         for offset, length in places:
-            self.image.given_up.add(offset, length)
+            self.image.given_up.add(offset, length, structure=True)
 
     def _is_kept_as_it_is(self, entry: StoredBitmap) -> bool:
         bitmap = self.driver.node.bitmaps.get(entry.name)
@@ -254,14 +254,14 @@ class BitmapStore:
             elif len(part) == cluster and not part.strip(b"\xff"):
                 table.append(layout.BITMAP_ALL_ONES)
             else:
-                offset = await image.allocate_metadata(cluster)
+                offset = await image.allocate_metadata(Kind.BITMAP, cluster)
                 taken.append((offset, cluster))
-                await image.write_metadata(offset, part.ljust(cluster, b"\0"))
+                await image.write_metadata(Kind.BITMAP, offset, part.ljust(cluster, b"\0"))
                 table.append(offset)
         table = table or array("Q", [0])
-        offset = await image.allocate_metadata(len(table) * 8)
+        offset = await image.allocate_metadata(Kind.BITMAP, len(table) * 8)
         taken.append((offset, len(table) * 8))
-        await image.write_metadata(offset, to_disk(table))
+        await image.write_metadata(Kind.BITMAP, offset, to_disk(table))
         former = next((entry for entry in self.entries if entry.name == bitmap.name), None)
         extra = former.extra if former is not None else b""
         flags = BitmapFlag.AUTO if bitmap.enabled else BitmapFlag(0)
@@ -285,9 +285,9 @@ class BitmapStore:
             raise BlockError(
                 f"{self.image.name}: the bitmap directory would take {len(data)} bytes, at most {most} may be"
             )
-        offset = await self.image.allocate_metadata(len(data))
+        offset = await self.image.allocate_metadata(Kind.BITMAP_DIRECTORY, len(data))
         taken.append((offset, len(data)))
-        await self.image.write_metadata(offset, data)
+        await self.image.write_metadata(Kind.BITMAP_DIRECTORY, offset, data)
         return BitmapsPointer(len(entries), len(data), offset)
 
 

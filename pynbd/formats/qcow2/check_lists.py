@@ -18,6 +18,7 @@ from pynbd.formats.qcow2.check_examination import Examination
 from pynbd.formats.qcow2.header import BitmapsPointer
 from pynbd.formats.qcow2.image import Image
 from pynbd.formats.qcow2.layout import Autoclear, BitmapFlag
+from pynbd.formats.qcow2.overlap import Kind
 from pynbd.formats.qcow2.snapshot_table import Snapshot, build_table, read_snapshots
 
 MAX_LOST_BITMAPS = 1024
@@ -60,8 +61,8 @@ async def _snapshots(image: Image) -> list[Snapshot] | None:
 
 async def _write_snapshots(image: Image, snapshots: list[Snapshot]) -> None:
     data = build_table(snapshots)
-    offset = await image.allocate_metadata(len(data))
-    await image.write_metadata(offset, data)
+    offset = await image.allocate_metadata(Kind.SNAPSHOT_TABLE, len(data))
+    await image.write_metadata(Kind.SNAPSHOT_TABLE, offset, data)
     await image.write_counts_now()
     await image.change_fields(60, 72, snapshots_offset=offset)
 
@@ -86,8 +87,8 @@ async def _write_bitmaps(image: Image) -> None:
     directory = build_directory(entries.values())
     pointer = None
     if directory:
-        offset = await image.allocate_metadata(len(directory))
-        await image.write_metadata(offset, directory)
+        offset = await image.allocate_metadata(Kind.BITMAP_DIRECTORY, len(directory))
+        await image.write_metadata(Kind.BITMAP_DIRECTORY, offset, directory)
         pointer = BitmapsPointer(len(entries), len(directory), offset)
     await image.write_counts_now()
     header.autoclear &= ~Autoclear.BITMAPS
@@ -116,8 +117,8 @@ async def _good(image: Image, data: bytes, at: int, start: int) -> StoredBitmap 
 
 async def _inconsistent(image: Image, name: str) -> StoredBitmap:
     """A bitmap that says nothing, and that nobody believes: its user learns that it was lost."""
-    offset = await image.allocate_metadata(8)
-    await image.write_metadata(offset, bytes(8))
+    offset = await image.allocate_metadata(Kind.BITMAP, 8)
+    await image.write_metadata(Kind.BITMAP, offset, bytes(8))
     return StoredBitmap(
         name=name,
         table_offset=offset,

@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from pynbd.formats.qcow2.refcounts import Run, pack
+from pynbd.formats.qcow2.overlap import Kind
+from pynbd.formats.qcow2.refcounts import pack
 from pynbd.formats.qcow2.tables import SECTOR, to_disk, whole_sectors
 
 if TYPE_CHECKING:
@@ -16,14 +17,14 @@ async def write_counts(image: "Image") -> None:
     written = False
     try:
         for _, block, first, last in taken:
-            image.metadata.add(block.offset >> image.cluster_bits)
+            image.metadata.note(Kind.REFCOUNT_BLOCK, block.offset, image.cluster_size)
             if block.is_new or counts.order < 3:
-                await image.write_metadata(block.offset, pack(block.words, counts.order))
+                await image.write_metadata(Kind.REFCOUNT_BLOCK, block.offset, pack(block.words, counts.order))
             else:
                 width = (1 << counts.order) // 8
                 start, stop = whole_sectors(first, last, width, image.cluster_size)
                 data = pack(block.words[start // width : stop // width], counts.order)
-                await image.write_metadata(block.offset + start, data)
+                await image.write_metadata(Kind.REFCOUNT_BLOCK, block.offset + start, data)
         written = True
     finally:
         image.blocks.give_back(taken, written=written)
@@ -44,7 +45,7 @@ async def _write_refcount_table(image: "Image") -> None:
     try:
         for sector in sorted({entry // per_sector for entry in entries}):
             data = to_disk(counts.table[sector * per_sector : (sector + 1) * per_sector])
-            await image.write_metadata(header.refcount_table_offset + sector * SECTOR, data)
+            await image.write_metadata(Kind.REFCOUNT_TABLE, header.refcount_table_offset + sector * SECTOR, data)
     except BaseException:
         counts.dirty_entries |= entries
         raise
@@ -55,19 +56,19 @@ async def _move_refcount_table(image: "Image") -> None:
     counts, header = image.refcounts, image.header
     while True:
         length = len(counts.table) * 8
-        offset = await image.allocate_metadata(length)
+        offset = await image.allocate_metadata(Kind.REFCOUNT_TABLE, length)
         if len(counts.table) * 8 == length:
             break
-        await image.release(Run(offset >> image.cluster_bits, length >> image.cluster_bits))
+        await image.release_metadata(offset, length)
     counts.table_moved = False
     taken = image.blocks.take_dirty()
     written = False
     try:
         for _, block, _, _ in taken:
-            image.metadata.add(block.offset >> image.cluster_bits)
-            await image.write_metadata(block.offset, pack(block.words, counts.order))
+            image.metadata.note(Kind.REFCOUNT_BLOCK, block.offset, image.cluster_size)
+            await image.write_metadata(Kind.REFCOUNT_BLOCK, block.offset, pack(block.words, counts.order))
         counts.dirty_entries = set()
-        await image.write_metadata(offset, to_disk(counts.table))
+        await image.write_metadata(Kind.REFCOUNT_TABLE, offset, to_disk(counts.table))
         await image.barrier()
         old = header.refcount_table_offset, header.refcount_table_clusters
         header.refcount_table_offset, header.refcount_table_clusters = offset, length >> image.cluster_bits
@@ -79,5 +80,4 @@ async def _move_refcount_table(image: "Image") -> None:
             counts.table_moved = True
     for _, block, _, _ in taken:
         block.is_new = False
-    image.given_up.add(old[0], old[1] << image.cluster_bits)
-    image.metadata.difference_update(range(old[0] >> image.cluster_bits, (old[0] >> image.cluster_bits) + old[1]))
+    image.given_up.add(old[0], old[1] << image.cluster_bits, structure=True)

@@ -12,6 +12,7 @@ from pynbd.block.errors import OptionError
 from pynbd.block.families import Progress
 from pynbd.formats.qcow2 import layout
 from pynbd.formats.qcow2.layout import OFFSET_MASK, Autoclear, Compatible, CryptMethod, Incompatible
+from pynbd.formats.qcow2.overlap import Kind
 from pynbd.formats.qcow2.refcounts import Run
 from pynbd.formats.qcow2.snapshot_table import MAX_U32, read_l1
 from pynbd.formats.qcow2.tables import to_disk
@@ -160,8 +161,8 @@ class ZeroExpansion:
             await self._fill(place, start)
             words[index] = place
         await image.write_counts_now()
-        image.note_metadata(offset, self.cluster)
-        await image.write_metadata(offset, to_disk(words))
+        image.metadata.note(Kind.INACTIVE_L2, offset, self.cluster)
+        await image.write_metadata(Kind.ANY_L2, offset, to_disk(words))
         await image.barrier()
         for run in gone:
             for _ in range(times):

@@ -34,6 +34,7 @@ from pynbd.formats.qcow2.header_file import read_header
 from pynbd.formats.qcow2.image import Image
 from pynbd.formats.qcow2.layout import CryptMethod, Incompatible
 from pynbd.formats.qcow2.mapping import ClusterMapping
+from pynbd.formats.qcow2.overlap import OverlapOptions, Template, checked_kinds
 from pynbd.formats.qcow2.reading import ClusterReader
 from pynbd.formats.qcow2.vm_state import VmState
 from pynbd.formats.qcow2.writing import Writer
@@ -54,6 +55,7 @@ class Qcow2Options(NodeOptions, frozen=True, kw_only=True):
 
     Args:
         lazy_refcounts: write reference counts late; the image's own choice, if it is not given.
+        overlap_check: which of the image's own structures nothing else is written over; a template, or a group.
         pass_discard_request: what the guest discards is discarded in the file; with discard=unmap, if not given.
         l2_cache_size: bytes of L2 tables that are kept in memory.
         refcount_cache_size: bytes of refcount blocks that are kept in memory.
@@ -62,6 +64,7 @@ class Qcow2Options(NodeOptions, frozen=True, kw_only=True):
     """
 
     lazy_refcounts: OnOff | None = None
+    overlap_check: Template | OverlapOptions = "all"
     pass_discard_request: OnOff | None = None
     l2_cache_size: Size | None = None
     refcount_cache_size: Size | None = None
@@ -133,6 +136,7 @@ class Qcow2(ClusterReader):
             for_check=self.for_check,
         )
         self.guest_file = data_file or self.file
+        image.metadata.checked = int(checked_kinds(self.options.overlap_check))
         await image.load()
         self.map = ClusterMapping(image)
         self.writer = Writer(self)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pynbd.block.errors import ImageError
 from pynbd.formats.qcow2.refcounts import Run
@@ -11,6 +11,18 @@ if TYPE_CHECKING:
     from pynbd.formats.qcow2.image import Image
 
 log = logging.getLogger(__name__)
+
+
+class Gone(NamedTuple):
+    """What was given up.
+
+    Args:
+        run: clusters.
+        structure: whether they belonged to a structure of the image's own, which goes with them.
+    """
+
+    run: Run
+    structure: bool
 
 
 class GivenUp:
@@ -22,37 +34,39 @@ class GivenUp:
 
     def __init__(self, image: "Image") -> None:
         self.image = image
-        self.runs: list[Run] = []
+        self.gone: list[Gone] = []
         """Those that something on disk may point to still; the next commit sees to that."""
         self.discard = False
         """The file below hears of clusters that are free."""
-        self._waiting: list[tuple[int, list[Run]]] = []
+        self._waiting: list[tuple[int, list[Gone]]] = []
         self._epoch = 0
         self._readers: dict[int, int] = {}
 
     def __bool__(self) -> bool:
         """Whether any clusters are still to lose a reference."""
-        return bool(self.runs or self._waiting)
+        return bool(self.gone or self._waiting)
 
     @property
     def bytes(self) -> int:
         """How much waits for the next commit."""
-        return sum(run.clusters for run in self.runs) << self.image.cluster_bits
+        return sum(gone.run.clusters for gone in self.gone) << self.image.cluster_bits
 
-    def add(self, offset: int, length: int) -> None:
+    def add(self, offset: int, length: int, *, structure: bool = False) -> None:
         """Clusters lose a reference, as soon as nothing on disk points to them any more.
 
         Args:
             offset: in the file.
             length: bytes; all clusters that they touch are meant.
+            structure: see `Gone`.
         """
         first = offset >> self.image.cluster_bits
         count = -(-(offset + length) // self.image.cluster_size) - first
-        last = self.runs[-1] if self.runs else None
-        if last is not None and last.first + last.clusters == first:
-            self.runs[-1] = Run(last.first, last.clusters + count)
-        else:
-            self.runs.append(Run(first, count))
+        if self.gone:
+            last, alike = self.gone[-1]
+            if last.first + last.clusters == first and alike == structure:
+                self.gone[-1] = Gone(Run(last.first, last.clusters + count), structure)
+                return
+        self.gone.append(Gone(Run(first, count), structure))
 
     # --- who reads meanwhile -------------------------------------------------------------------------------
 
@@ -72,32 +86,36 @@ class GivenUp:
 
     # --- giving back ---------------------------------------------------------------------------------------
 
-    def take(self) -> list[Run]:
+    def take(self) -> list[Gone]:
         """What was given up until now, for a commit, which tells `give_back` of it, or `put_back`."""
-        runs, self.runs = self.runs, []
-        return runs
+        taken, self.gone = self.gone, []
+        return taken
 
-    def put_back(self, runs: Sequence[Run]) -> None:
+    def put_back(self, taken: Sequence[Gone]) -> None:
         """The commit that took them failed: something on disk points to them still."""
-        self.runs = [*runs, *self.runs]
+        self.gone = [*taken, *self.gone]
 
-    async def give_back(self, runs: Sequence[Run]) -> None:
+    async def give_back(self, taken: Sequence[Gone]) -> None:
         """Nothing on disk points to these clusters any more, once another barrier has passed."""
-        if runs:
+        if taken:
             try:
                 await self.image.barrier()
             except BaseException:
-                self.put_back(runs)
+                self.put_back(taken)
                 raise
-            self._waiting.append((self._epoch, list(runs)))
+            self._waiting.append((self._epoch, list(taken)))
             self._epoch += 1
         while self._waiting and not any(epoch <= self._waiting[0][0] for epoch in self._readers):
             _, free = self._waiting.pop(0)
-            for run in free:
-                await self.drop_references(run)
+            for gone in free:
+                await self.drop_references(gone.run, structure=gone.structure)
 
-    async def drop_references(self, run: Run) -> None:
+    async def drop_references(self, run: Run, *, structure: bool = False) -> None:
         """Clusters lose a reference: nothing on disk points to them any more (see `add` for those where it does).
+
+        Args:
+            run: the clusters.
+            structure: see `Gone`.
 
         Raises:
             OSError: counts can't be read, or the image is corrupt.
@@ -112,7 +130,12 @@ class GivenUp:
         except ImageError as problem:
             raise await image.corrupted(problem.problem, problem.offset, writing=True) from problem
         for free in unused:
-            image.metadata.difference_update(range(free.first, free.first + free.clusters))
+            found = None if structure else image.metadata.known(free.first, free.first + free.clusters - 1)
+            if found is not None:
+                # It would be taken for something else, and written over.
+                what = f"guest data were given up here, where {found[1].text} lies"
+                raise await image.corrupted(what, found[0] << image.cluster_bits, writing=True)
+            image.metadata.forget(free.first, free.clusters)
 
     async def _discard(self, run: Run) -> None:
         image = self.image

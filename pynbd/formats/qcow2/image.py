@@ -22,6 +22,7 @@ from pynbd.formats.qcow2.header import Header
 from pynbd.formats.qcow2.header_file import Storage
 from pynbd.formats.qcow2.layout import COPIED, OFFSET_MASK
 from pynbd.formats.qcow2.loaded_tables import LoadedTables
+from pynbd.formats.qcow2.overlap import Kind
 from pynbd.formats.qcow2.refcounts import Run
 from pynbd.formats.qcow2.tables import SECTOR, Table, to_disk, whole_sectors
 
@@ -87,9 +88,9 @@ class Image(LoadedTables):
             words = table.words[:] if table is not None else array("Q", bytes(self.cluster_size))
             if table is not None:
                 self.l2.forget(l1_index)
-                self.given_up.add(table.offset, self.cluster_size)
+                self.given_up.add(table.offset, self.cluster_size, structure=True)
             new = Table(run.first << self.cluster_bits, words, is_new=True)
-            self.metadata.add(run.first)
+            self.metadata.note_clusters(Kind.ACTIVE_L2, (run.first,))
             self.l2.add(l1_index, new)
             self.l2.mark(l1_index, 0, len(words))
             self.l1[l1_index] = new.offset | COPIED
@@ -98,7 +99,7 @@ class Image(LoadedTables):
 
     def drop_l2(self, l1_index: int) -> None:
         """An L1 entry leads to no L2 table any more; what that led to was given up before."""
-        self.given_up.add(self.l1[l1_index] & OFFSET_MASK, self.cluster_size)
+        self.given_up.add(self.l1[l1_index] & OFFSET_MASK, self.cluster_size, structure=True)
         self.l1[l1_index] = 0
         self.dirty_l1.add(l1_index)
         self.l2.forget(l1_index)
@@ -131,12 +132,19 @@ class Image(LoadedTables):
         """Give back clusters that nothing has ever pointed to."""
         await self.refcounts.change(run.first, run.clusters, -1)
 
-    async def allocate_metadata(self, length: int) -> int:
-        """Take consecutive clusters for `length` bytes of the image's own; gives their offset."""
+    async def allocate_metadata(self, kind: Kind, length: int) -> int:
+        """Take consecutive clusters for `length` bytes of a structure; gives their offset."""
         run = await self.refcounts.allocate(-(-length // self.cluster_size), all_of_it=True)
         self.fresh_from = max(self.fresh_from, run.first + run.clusters)
-        self.metadata.update(range(run.first, run.first + run.clusters))
+        self.metadata.note_clusters(kind, range(run.first, run.first + run.clusters))
         return run.first << self.cluster_bits
+
+    async def release_metadata(self, offset: int, length: int) -> None:
+        """Give back clusters of `allocate_metadata` that nothing has ever pointed to."""
+        first, clusters = offset >> self.cluster_bits, -(-length // self.cluster_size)
+        if clusters:
+            await self.release(Run(first, clusters))
+            self.metadata.forget(first, clusters)
 
     # --- writing tables ----------------------------------------------------------------------------------
 
@@ -180,17 +188,18 @@ class Image(LoadedTables):
                 for start, stop in (whole_sectors(first, last, 8, self.cluster_size),)
             ]
             new = [(table, to_disk(table.words)) for _, table, _, _ in tables if table.is_new]
-            pieces += self._l1_pieces(entries)
+            l1_pieces = self._l1_pieces(entries)
             written = False
             try:
                 if not self.lazy:
                     await write_counts(self)
-                await self._write_pieces((table.offset, data) for table, data in new)
-                if pieces or new:
+                await self._write_pieces(Kind.ANY_L2, [(table.offset, data) for table, data in new])
+                if pieces or l1_pieces or new:
                     await self.barrier()
                     for table, _ in new:
                         table.is_new = False
-                    await self._write_pieces(pieces)
+                    await self._write_pieces(Kind.ANY_L2, pieces)
+                    await self._write_pieces(Kind.ACTIVE_L1, l1_pieces)
                 written = True
             finally:
                 self.l2.give_back(tables, written=written)
@@ -244,14 +253,24 @@ class Image(LoadedTables):
             for sector in sorted({entry // per_sector for entry in entries})
         ]
 
-    async def _write_pieces(self, pieces: Iterable[tuple[int, bytes]]) -> None:
+    async def _write_pieces(self, kind: Kind, pieces: Iterable[tuple[int, bytes]]) -> None:
         for offset, data in pieces:
-            await self.write_metadata(offset, data)
+            await self.write_metadata(kind, offset, data)
 
-    async def write_metadata(self, offset: int, data: bytes) -> None:
-        """Write bytes of the image's own structures, if they are known to lie there."""
+    async def write_metadata(self, kind: Kind, offset: int, data: bytes) -> None:
+        """Write bytes of a structure, if it is known to lie there, and nothing else that is looked after.
+
+        Raises:
+            OSError: EIO, something else lies there: the image is corrupt. Or it can't be written.
+        """
         self.check_fence()
-        first, last = offset >> self.cluster_bits, (offset + len(data) - 1) >> self.cluster_bits
-        if not all(cluster in self.metadata for cluster in range(first, last + 1)):
-            raise await self.corrupted("metadata is about to be written where none was", offset, writing=True)
+        own, kinds, checked = int(kind), self.metadata.kinds, self.metadata.checked
+        for cluster in range(offset >> self.cluster_bits, ((offset + len(data) - 1) >> self.cluster_bits) + 1):
+            here = kinds.get(cluster, 0)
+            if not here & own:
+                what = f"{kind.text} is about to be written where it never was"
+                raise await self.corrupted(what, offset, writing=True)
+            if here & ~own & checked:
+                what = f"{kind.text} is about to be written over {Kind(here & ~own & checked).text}"
+                raise await self.corrupted(what, cluster << self.cluster_bits, writing=True)
         await self.file.write(offset, memoryview(data), 0)

@@ -8,6 +8,7 @@ from pynbd.formats.qcow2 import layout
 from pynbd.formats.qcow2.header import Header
 from pynbd.formats.qcow2.header_file import HeaderFile, Storage
 from pynbd.formats.qcow2.layout import OFFSET_MASK
+from pynbd.formats.qcow2.overlap import Kind, Metadata
 from pynbd.formats.qcow2.refcounts import Refcounts, unpack
 from pynbd.formats.qcow2.tables import Table, TableCache, from_disk
 
@@ -32,8 +33,8 @@ class LoadedTables(HeaderFile):
         self.l2 = TableCache(l2_cache // self.cluster_size, self.read_table)
         self.blocks = TableCache(refcount_cache // self.cluster_size, self._read_block)
         self.refcounts = Refcounts(header, array("Q"), self.blocks, name, self._may_use)
-        self.metadata: set[int] = {0}
-        """The numbers of all clusters that hold the image's own structures, as far as they are known."""
+        self.metadata = Metadata(self.cluster_bits)
+        """All clusters that hold the image's own structures, as far as they are known."""
         self.fresh_from = 0
         """Host clusters from here on were never written since the file ends here: they read as zeroes."""
 
@@ -56,7 +57,7 @@ class LoadedTables(HeaderFile):
         for cache in (self.l2, self.blocks):
             cache.tables.clear()
         self.refcounts.first_free, self.refcounts.packing = 0, -1
-        self.metadata = {0}
+        self.metadata.clear()
         await self.load()
 
     def recount(self, entries: "array[int]", clusters: int) -> None:
@@ -69,24 +70,20 @@ class LoadedTables(HeaderFile):
     # --- what belongs to the image itself ----------------------------------------------------------------
 
     def _note_metadata(self) -> None:
-        header, bits = self.header, self.cluster_bits
-        for offset, length in (
-            (header.l1_table_offset, header.l1_size * 8),
-            (header.refcount_table_offset, header.refcount_table_clusters << bits),
+        header, bits, note = self.header, self.cluster_bits, self.metadata.note
+        note(Kind.ACTIVE_L1, header.l1_table_offset, header.l1_size * 8)
+        note(Kind.REFCOUNT_TABLE, header.refcount_table_offset, header.refcount_table_clusters << bits)
+        for kind, entries, mask in (
+            (Kind.ACTIVE_L2, self.l1, OFFSET_MASK),
+            (Kind.REFCOUNT_BLOCK, self.refcounts.table, layout.REFCOUNT_BLOCK_MASK),
         ):
-            self.note_metadata(offset, length)
-        for entries, mask in ((self.l1, OFFSET_MASK), (self.refcounts.table, layout.REFCOUNT_BLOCK_MASK)):
             if any(entries):
-                self.metadata.update((entry & mask) >> bits for entry in entries if entry)
+                self.metadata.note_clusters(kind, {(entry & mask) >> bits for entry in entries if entry})
         if header.crypto is not None:
-            self.note_metadata(header.crypto.offset, header.crypto.length)
-
-    def note_metadata(self, offset: int, length: int) -> None:
-        """These bytes of the file belong to the image's own structures."""
-        self.metadata.update(range(offset >> self.cluster_bits, -(-(offset + length) // self.cluster_size)))
+            note(Kind.ENCRYPTION_HEADER, header.crypto.offset, header.crypto.length)
 
     def _may_use(self, cluster: int) -> bool:
-        return cluster not in self.metadata
+        return cluster not in self.metadata.kinds
 
     # --- reading -----------------------------------------------------------------------------------------
 

@@ -60,9 +60,7 @@ class Packing:
             self.writer.check_inside(offset, offset + len(data))
             place = await self._place(len(packed))
             try:
-                if self.writer.hits_metadata(place, len(packed)):
-                    what = "compressed data are about to be written over the image's own structures"
-                    raise await self.image.corrupted(what, place, writing=True)
+                await self.writer.check_overlap(place, len(packed), "compressed data")
                 self.driver.file.node.driver.debug_event("write_compressed")
                 await self.writer.guest_file.write(place, memoryview(packed), 0)
             except BaseException:

@@ -14,6 +14,7 @@ from pynbd.block.errors import ImageError
 from pynbd.formats.qcow2.image import Image
 from pynbd.formats.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK
 from pynbd.formats.qcow2.mapping import ClusterMapping
+from pynbd.formats.qcow2.overlap import Kind
 from pynbd.formats.qcow2.refcounts import Run, join
 from pynbd.formats.qcow2.tables import to_disk
 
@@ -117,8 +118,12 @@ class References:
         found += grouped(packed)
         return found
 
-    async def add(self, l1: "array[int]") -> None:
+    async def add(self, l1: "array[int]", kind: Kind) -> None:
         """Another L1 table with the same entries is going to be: all that they lead to gets one more reference.
+
+        Args:
+            l1: the entries.
+            kind: what their L2 tables become, or are already.
 
         Raises:
             OSError: EFBIG, a count would not fit; or something can't be read. The counts are as they were.
@@ -128,6 +133,7 @@ class References:
             for index, entry in enumerate(l1):
                 if entry & OFFSET_MASK:
                     await self._add_table(index, entry & OFFSET_MASK)
+                    self.image.metadata.note(kind, entry & OFFSET_MASK, self.map.cluster)
                 done = index + 1
         except BaseException:
             await self.take_back(l1[:done])
@@ -146,7 +152,6 @@ class References:
             if isinstance(problem, ImageError):
                 raise await image.corrupted(problem.problem, problem.offset, writing=True) from problem
             raise
-        image.metadata.add(offset >> image.cluster_bits)
         await self._relieve()
 
     async def take_back(self, l1: "array[int]") -> None:
@@ -167,9 +172,9 @@ class References:
         for index, entry in enumerate(l1):
             if not entry & OFFSET_MASK:
                 continue
-            for run, times in await self._runs(index, entry & OFFSET_MASK):
+            for number, (run, times) in enumerate(await self._runs(index, entry & OFFSET_MASK)):
                 for _ in range(times):
-                    await self.image.given_up.drop_references(run)
+                    await self.image.given_up.drop_references(run, structure=number == 0)
             await self._relieve()
 
     async def _relieve(self) -> None:
@@ -208,8 +213,8 @@ class References:
 
     async def _write_table(self, l1_index: int, offset: int, words: "array[int]") -> None:
         image = self.image
-        image.metadata.add(offset >> image.cluster_bits)
-        await image.write_metadata(offset, to_disk(words))
+        image.metadata.note(Kind.INACTIVE_L2, offset, image.cluster_size)
+        await image.write_metadata(Kind.ANY_L2, offset, to_disk(words))
         if l1_index < len(image.l1) and image.l1[l1_index] & OFFSET_MASK == offset:
             image.l2.forget(l1_index)
 

@@ -21,8 +21,9 @@ from pynbd.block.drain import drained
 from pynbd.block.errors import BlockError, ImageError, io_error, unsupported
 from pynbd.block.permissions import Permission
 from pynbd.formats.qcow2 import layout
-from pynbd.formats.qcow2.active_l1 import release_metadata, replace_l1
+from pynbd.formats.qcow2.active_l1 import replace_l1
 from pynbd.formats.qcow2.layout import COPIED, OFFSET_MASK
+from pynbd.formats.qcow2.overlap import Kind
 from pynbd.formats.qcow2.refcounts import Run
 from pynbd.formats.qcow2.references import References, in_doubt
 from pynbd.formats.qcow2.snapshot_table import Snapshot, build_table, read_l1, read_snapshots
@@ -71,9 +72,9 @@ class SnapshotStore:
 
     async def _note_metadata(self) -> None:
         image, left = self.image, MAX_NOTED_L1_BYTES
-        image.note_metadata(image.header.snapshots_offset, len(build_table(self.entries)))
+        image.metadata.note(Kind.SNAPSHOT_TABLE, image.header.snapshots_offset, len(build_table(self.entries)))
         for snapshot in self.entries:
-            image.note_metadata(snapshot.l1_table_offset, snapshot.l1_size * 8)
+            image.metadata.note(Kind.INACTIVE_L1, snapshot.l1_table_offset, snapshot.l1_size * 8)
             left -= snapshot.l1_size * 8
             if left < 0:
                 continue
@@ -82,7 +83,8 @@ class SnapshotStore:
             except ImageError as problem:
                 log.warning("%s", problem)
                 continue
-            image.metadata.update((entry & OFFSET_MASK) >> image.cluster_bits for entry in set(l1) if entry)
+            tables = {(entry & OFFSET_MASK) >> image.cluster_bits for entry in set(l1) if entry}
+            image.metadata.note_clusters(Kind.INACTIVE_L2, tables)
 
     # --- looking -------------------------------------------------------------------------------------------
 
@@ -199,17 +201,17 @@ class SnapshotStore:
         """Write a snapshot of the active L1 table into the image."""
         image, references = self.image, self.references
         l1 = array("Q", [entry & ~COPIED for entry in image.l1])
-        await references.add(l1)
+        await references.add(l1, Kind.INACTIVE_L2)
         offset = 0
         try:
             if l1:
-                offset = await image.allocate_metadata(len(l1) * 8)
-                await image.write_metadata(offset, to_disk(l1).ljust(image.cluster_size, b"\0"))
+                offset = await image.allocate_metadata(Kind.INACTIVE_L1, len(l1) * 8)
+                await image.write_metadata(Kind.INACTIVE_L1, offset, to_disk(l1).ljust(image.cluster_size, b"\0"))
             await references.clear_copied()
             snapshot = msgspec.structs.replace(snapshot, l1_table_offset=offset, l1_size=len(l1))
             await self._write_entries([*self.entries, snapshot])
         except BaseException:
-            await release_metadata(image, offset, len(l1) * 8 if offset else 0)
+            await image.release_metadata(offset, len(l1) * 8 if offset else 0)
             await references.take_back(l1)
             await references.restore_copied(references.tables())
             raise
@@ -224,7 +226,7 @@ class SnapshotStore:
         async with self._at_work(), in_doubt(image):
             old = image.l1[:]
             new = array("Q", [entry & ~COPIED for entry in await self._read_l1(snapshot)])
-            await references.add(new)
+            await references.add(new, Kind.ACTIVE_L2)
             try:
                 await references.clear_copied_below(new)
                 await replace_l1(image, new, snapshot.disk_size)
@@ -253,7 +255,8 @@ class SnapshotStore:
             await references.drop(l1)
             if snapshot.l1_size:
                 clusters = -(-snapshot.l1_size * 8 // image.cluster_size)
-                await image.given_up.drop_references(Run(snapshot.l1_table_offset >> image.cluster_bits, clusters))
+                place = Run(snapshot.l1_table_offset >> image.cluster_bits, clusters)
+                await image.given_up.drop_references(place, structure=True)
             shared = [index for index in references.tables() if index < len(l1) and l1[index] & OFFSET_MASK]
             await references.restore_copied(shared)
 
@@ -291,18 +294,18 @@ class SnapshotStore:
             raise BlockError(
                 f"{image.name}: the snapshot table would take {len(data)} bytes, at most {most} are allowed"
             )
-        offset = await image.allocate_metadata(len(data)) if data else 0
+        offset = await image.allocate_metadata(Kind.SNAPSHOT_TABLE, len(data)) if data else 0
         try:
             if data:
-                await image.write_metadata(offset, data)
+                await image.write_metadata(Kind.SNAPSHOT_TABLE, offset, data)
             await image.commit_all()
             await image.write_counts_now()
         except BaseException:
-            await release_metadata(image, offset, len(data))
+            await image.release_metadata(offset, len(data))
             raise
         old_count, old_offset = header.nb_snapshots, header.snapshots_offset
         # Should this fail, the new table keeps its place: either is good, whatever is on the disk.
         await image.change_fields(*POINTER, nb_snapshots=len(entries), snapshots_offset=offset)
         if old_count:
-            image.given_up.add(old_offset, len(build_table(self.entries)))
+            image.given_up.add(old_offset, len(build_table(self.entries)), structure=True)
         self.entries = list(entries)

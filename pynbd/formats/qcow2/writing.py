@@ -73,15 +73,19 @@ class Writer:
 
     # --- in place ------------------------------------------------------------------------------------------
 
-    def hits_metadata(self, host: int, length: int) -> bool:
-        """Whether bytes of the file that an entry calls data belong to the image's own structures."""
-        if self.has_data_file:
-            return False
-        bits, metadata = self.map.bits, self.image.metadata
-        first, last = host >> bits, (host + length - 1) >> bits
-        if first == last:
-            return first in metadata
-        return any(cluster in metadata for cluster in range(first, last + 1))
+    async def check_overlap(self, host: int, length: int, what: str = "guest data") -> None:
+        """That bytes of the file that an entry calls data belong to no structure of the image's own.
+
+        Raises:
+            OSError: EIO, they do; the image is corrupt.
+        """
+        bits = self.map.bits
+        found = self.image.metadata.overlap(host >> bits, (host + length - 1) >> bits)
+        if found is None or self.has_data_file:
+            return
+        cluster, kind = found
+        problem = f"{what} are about to be written over {kind.text}"
+        raise await self.image.corrupted(problem, max(cluster << bits, host), writing=True)
 
     def write_now(self, offset: int, data: memoryview) -> bool:
         """See `Driver.write_now`."""
@@ -91,7 +95,7 @@ class Writer:
         host = self.map.owned_host_of(offset, length)
         if not host:
             return self._allocate_now(offset, data)
-        if host >> self.map.bits in self.image.metadata and not self.has_data_file:
+        if host >> self.map.bits in self.image.metadata.kinds and not self.has_data_file:
             return False
         if self.requests.in_flight and self._is_changing(offset, offset + length):
             return False
@@ -142,9 +146,7 @@ class Writer:
 
     async def write_host(self, host: int, offset: int, data: memoryview) -> None:
         """Write bytes of the disk (which are at `offset` there) where they lie in the file."""
-        if self.hits_metadata(host, len(data)):
-            what = "guest data are about to be written over the image's own structures"
-            raise await self.image.corrupted(what, host, writing=True)
+        await self.check_overlap(host, len(data))
         if self.driver.encryption is not None:
             data = await self.driver.encryption.encrypted(offset, host, data)
         self.driver.file.node.driver.debug_event("write_aio")
