@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tests.benchmarks.cells import CELLS, Cell, chosen
+from tests.benchmarks.cells import CELLS, IMG_CELLS, Cell, chosen
 from tests.benchmarks.chart import chart
 from tests.benchmarks.disks import Disks
 from tests.benchmarks.markdown import BEGIN, END, markdown, placed
@@ -40,13 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     if options.list:
-        sys.stdout.write("".join(f"{cell.name}\n" for cell in CELLS))
+        sys.stdout.write("".join(f"{cell.name}\n" for cell in (*CELLS, *IMG_CELLS)))
         return 0
     if options.from_json:
         return _report(json.loads(options.from_json.read_text()), options)
     try:
         cells = chosen(options.cells)
-        servers = _servers(options.peers.split(","))
+        servers = _servers(options.peers.split(",") if options.peers else DEFAULT_PEERS, cells)
         if options.uvloop:
             _require_uvloop(options.python)
     except ValueError as error:
@@ -109,10 +109,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmarks", description="pynbd measured beside other servers"
     )
-    parser.add_argument("--cells", nargs="+", default=[], metavar="NAME", help="only these cells; shell patterns do")
+    parser.add_argument(
+        "--cells", nargs="+", default=[], metavar="NAME", help="only these cells (all but img-*); shell patterns do"
+    )
     parser.add_argument("--list", action="store_true", help="print the names of all cells")
     parser.add_argument(
-        "--peers", default=",".join(DEFAULT_PEERS), help=f"of {', '.join(peer.name for peer in PEERS)} (%(default)s)"
+        "--peers", help=f"of {', '.join(peer.name for peer in PEERS)} ({','.join(DEFAULT_PEERS)} where they take part)"
     )
     parser.add_argument("--rounds", type=int, default=4, help="interleaved rounds over all cells (%(default)s)")
     parser.add_argument("--seconds", type=float, help="length of a measurement (what fits --minutes)")
@@ -154,7 +156,8 @@ def _require_uvloop(python: str) -> None:
         raise ValueError(f"{python} has no uvloop (the extra `uvloop` installs it)") from None
 
 
-def _servers(names: Sequence[str]) -> list[Server]:
+def _servers(names: Sequence[str], cells: Sequence[Cell]) -> list[Server]:
+    """Pynbd, and those of `names` that take part in any of the cells."""
     known = {peer.name: peer for peer in PEERS}
     for name in names:
         if name not in known:
@@ -162,7 +165,8 @@ def _servers(names: Sequence[str]) -> list[Server]:
     missing = [program for program in CLIENTS if shutil.which(program, path=SYSTEM_PATH) is None]
     if missing:
         raise ValueError(f"not installed: {', '.join(missing)} (`make packages` installs them)")
-    servers = [PYNBD, *(known[name] for name in names)]
+    peers = [known[name] for name in names]
+    servers = [PYNBD, *(peer for peer in peers if any(peer.takes_part(cell.disk) for cell in cells))]
     for server in servers:
         if server.missing():
             raise ValueError(server.missing())
@@ -171,7 +175,7 @@ def _servers(names: Sequence[str]) -> list[Server]:
 
 def _weight(cells: Sequence[Cell], servers: Sequence[Server]) -> int:
     """How many measurements a round has."""
-    return sum(cell.disk in server.serves for cell in cells for server in servers)
+    return sum(server.takes_part(cell.disk) for cell in cells for server in servers)
 
 
 def _write(text: str, where: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 
+from tests.benchmarks.commands import ImgCommand
 from tests.benchmarks.disks import EMPTY_IMAGE_BYTES
 from tests.benchmarks.loads import CachedBesideUncached, Fio, Load, Memory, NbdCopy, QemuImgBench, Start
 from tests.benchmarks.servers import Disk
@@ -84,12 +85,51 @@ CELLS: Sequence[Cell] = (
 )
 
 
+_IMG: Sequence[tuple[str, ImgCommand, dict[str, float], float | None]] = (
+    (
+        "convert-raw-qcow2",
+        ImgCommand(("convert", "-f", "raw", "-O", "qcow2", "HALF_SPARSE", "OUTPUT"), of_data=True),
+        {"qemu-img": 1},
+        None,
+    ),
+    (
+        "convert-qcow2-raw",
+        ImgCommand(("convert", "-f", "qcow2", "-O", "raw", "HALF_SPARSE_IMAGE", "OUTPUT"), of_data=True),
+        {"qemu-img": 1},
+        None,
+    ),
+    (
+        "convert-c-zlib",
+        ImgCommand(("convert", "-c", "-f", "raw", "-O", "qcow2", "TEXT", "OUTPUT"), of_data=True),
+        {"qemu-img": 2},
+        None,
+    ),
+    (
+        "convert-c-zstd",
+        ImgCommand(
+            ("convert", "-c", "-f", "raw", "-O", "qcow2", "-o", "compression_type=zstd", "TEXT", "OUTPUT"), of_data=True
+        ),
+        {"qemu-img": 1},
+        None,
+    ),
+    ("check-100g", ImgCommand(("check", "-f", "qcow2", "ALLOCATED_IMAGE")), {"qemu-img": 0.1}, None),
+    ("create", ImgCommand(("create", "-q", "-f", "qcow2", "OUTPUT", "10G")), {}, 150),
+    ("info", ImgCommand(("info", "-f", "qcow2", "HALF_SPARSE_IMAGE")), {}, 150),
+)
+
+IMG_CELLS: Sequence[Cell] = tuple(
+    Cell(f"img-{name}", load, Disk.FILES, targets, bound) for name, load, targets, bound in _IMG
+)
+"""Commands about image files. They are part of a run only if they are asked for by name."""
+
+
 def chosen(patterns: Sequence[str]) -> list[Cell]:
-    """The cells whose names match any of the shell patterns, in the order of the table; all for no pattern.
+    """The cells whose names match any of the shell patterns, in the order of the table; all `CELLS` for no pattern.
 
     Raises ValueError, with the names there are, for a pattern that matches nothing.
     """
+    every = [*CELLS, *IMG_CELLS]
     for pattern in patterns:
-        if not any(fnmatch(cell.name, pattern) for cell in CELLS):
-            raise ValueError(f"no cell is named {pattern!r}; there are: {', '.join(cell.name for cell in CELLS)}")
-    return [cell for cell in CELLS if not patterns or any(fnmatch(cell.name, pattern) for pattern in patterns)]
+        if not any(fnmatch(cell.name, pattern) for cell in every):
+            raise ValueError(f"no cell is named {pattern!r}; there are: {', '.join(cell.name for cell in every)}")
+    return [cell for cell in every if any(fnmatch(cell.name, pattern) for pattern in patterns)] or list(CELLS)

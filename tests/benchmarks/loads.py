@@ -45,6 +45,7 @@ class Client(Enum):
     LIBNBD = "libnbd"
     QEMU = "qemu"
     OWN = "the benchmark itself"
+    NOBODY = "nobody: a command about files"
 
 
 @dataclass(frozen=True)

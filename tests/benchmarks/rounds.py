@@ -16,7 +16,9 @@ from pathlib import Path
 
 from tests.benchmarks import process
 from tests.benchmarks.cells import Cell
+from tests.benchmarks.commands import ImgCommand
 from tests.benchmarks.disks import RESIDENT_ENOUGH, residency, settle, warm
+from tests.benchmarks.image_files import ImageFiles
 from tests.benchmarks.limits import limit
 from tests.benchmarks.loads import (
     CachedBesideUncached,
@@ -159,7 +161,7 @@ class Run:
 
     def measure_round(self, row: Row, number: int) -> None:
         """One round of one cell."""
-        able = [server for server in self.servers if row.cell.disk in server.serves]
+        able = [server for server in self.servers if server.takes_part(row.cell.disk)]
         # Who goes first changes, so that nobody always follows the same one.
         first = number % len(able)
         measurements: list[tuple[str, Callable[[], Sample | None]]] = [
@@ -187,7 +189,7 @@ IMAGES = (Disk.IMAGE, Disk.EMPTY_IMAGE, Disk.CHAIN)
 
 def _limit(cell: Cell, run_: Run) -> Sample | None:
     setup, plan = run_.setup, run_.plan
-    if cell.disk in IMAGES or cell.disk is Disk.TLS:
+    if cell.disk in IMAGES or cell.disk in (Disk.TLS, Disk.FILES):
         return None
     on_file = cell.disk in ON_RANDOM
     path, size_bytes = (setup.disks.random, setup.disks.size_bytes) if on_file else (None, MEMORY_BYTES)
@@ -200,6 +202,8 @@ def _limit(cell: Cell, run_: Run) -> Sample | None:
 
 def _one(row: Row, server: Server, run_: Run) -> Sample:
     cell, setup, plan = row.cell, run_.setup, run_.plan
+    if isinstance(cell.load, ImgCommand):
+        return _by_command(row, cell.load, server, run_)
     if isinstance(cell.load, Start):
         row.replies[server.name] = "simple"
         if not row.samples.get(server.name):
@@ -220,6 +224,28 @@ def _one(row: Row, server: Server, run_: Run) -> Sample:
             row.resident(server.name, residency(path, _fincore()))
     for path in files:
         settle(path)
+    return sample
+
+
+def _by_command(row: Row, load: ImgCommand, server: Server, run_: Run) -> Sample:
+    """The same where no server is asked, but a command about files is given."""
+    setup, plan = run_.setup, run_.plan
+    files = ImageFiles(setup.disks.folder, setup.disks.size_bytes)
+    assert server.tool is not None
+    tool = server.tool(setup)
+    run_.commands.setdefault(f"{server.name} {row.cell.name}", " ".join(load.command(tool, files)))
+    is_first = not row.samples.get(server.name)
+    try:
+        if load.of_data:
+            for path in load.sources(files):
+                row.resident(server.name, warm(path, _fincore()))
+        elif is_first:
+            load.run(tool, files)  # what it reads, and what the program is made of, comes into the page cache
+        sample = load.run(tool, files, cpus="1" if plan.pin else "")
+        if is_first:
+            load.check_output(files)
+    finally:
+        files.output.unlink(missing_ok=True)
     return sample
 
 

@@ -7,11 +7,12 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 
 from tests import peers
+from tests.benchmarks.commands import Tool
 from tests.benchmarks.disks import PYTHON_DISKS, Disks
 
 MEMORY_BYTES = 256 << 20
@@ -37,6 +38,7 @@ class Disk(Enum):
     IMAGE = "a qcow2 image, all of it allocated"
     EMPTY_IMAGE = "a qcow2 image, nothing of it allocated"
     CHAIN = "a chain of four qcow2 images"
+    FILES = "image files, which a command is given"
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,16 @@ Serve = Callable[[Setup], AbstractContextManager[peers.Peer]]
 
 @dataclass(frozen=True)
 class Server:
-    """One contender: its name, the program it needs, and how it serves what it can serve."""
+    """One contender: its name, the program it needs, how it serves what it can serve, and its commands about files."""
 
     name: str
     program: str
-    serves: dict[Disk, Serve]
+    serves: dict[Disk, Serve] = field(default_factory=dict)
+    tool: Callable[[Setup], Tool] | None = None
+
+    def takes_part(self, disk: Disk) -> bool:
+        """Whether it can be measured on such a disk."""
+        return disk in self.serves or (disk is Disk.FILES and self.tool is not None)
 
     def missing(self) -> str:
         """Why it can't take part, "" if it can."""
@@ -145,6 +152,7 @@ PYNBD = Server(
         Disk.EMPTY_IMAGE: _pynbd("-f", "qcow2", disk=lambda setup: [setup.disks.empty_image]),
         Disk.CHAIN: _pynbd("-f", "qcow2", disk=lambda setup: [setup.disks.chain[-1]]),
     },
+    lambda setup: Tool([setup.pynbd_python, "-m", "pynbd", "img"], setup.environment()),
 )
 
 PEERS = (
@@ -173,7 +181,8 @@ PEERS = (
         },
     ),
     Server("nbd-server", "nbd-server", {Disk.RANDOM: _nbd_server(_random), Disk.SPARSE: _nbd_server(_sparse)}),
+    Server("qemu-img", "qemu-img", tool=lambda _: Tool(["qemu-img"], {})),
 )
 
-DEFAULT_PEERS = ("nbdkit", "qemu-nbd")
-"""Whom pynbd is measured against unless the command line says otherwise."""
+DEFAULT_PEERS = ("nbdkit", "qemu-nbd", "qemu-img")
+"""Whom pynbd is measured against unless the command line says otherwise, as far as they take part in a cell."""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from tests.benchmarks.__main__ import main
-from tests.benchmarks.cells import CELLS, Cell, chosen
+from tests.benchmarks.cells import CELLS, IMG_CELLS, Cell, chosen
 from tests.benchmarks.chart import Axis, chart
 from tests.benchmarks.loads import Fio, Memory, Sample, Start
 from tests.benchmarks.markdown import BEGIN, END, markdown, placed
@@ -268,6 +268,7 @@ def test_cells_are_chosen_by_pattern() -> None:
     assert chosen([]) == list(CELLS)
     assert [cell.name for cell in chosen(["read-4k-d1", "start"])] == ["read-4k-d1", "start"]
     assert all(cell.disk is Disk.MEMORY for cell in chosen(["memory-*"]))
+    assert chosen(["img-*"]) == list(IMG_CELLS)
     with pytest.raises(ValueError, match="read-4k-d1"):
         chosen(["read-5k"])
 
@@ -275,8 +276,8 @@ def test_cells_are_chosen_by_pattern() -> None:
 def test_every_cell_can_be_measured() -> None:
     """Pynbd and whoever a cell has a target for can serve the cell's disk."""
     servers = {server.name: server for server in (PYNBD, *PEERS)}
-    assert len({cell.name for cell in CELLS}) == len(CELLS)
+    assert len({cell.name for cell in (*CELLS, *IMG_CELLS)}) == len(CELLS) + len(IMG_CELLS)
     assert set(DEFAULT_PEERS) <= set(servers)
-    for cell in CELLS:
+    for cell in (*CELLS, *IMG_CELLS):
         for name in ("pynbd", *cell.targets):
-            assert cell.disk in servers[name].serves
+            assert servers[name].takes_part(cell.disk)
