@@ -56,7 +56,7 @@ async def _tables(driver: "Qcow2") -> AsyncIterator["array[int]"]:
             if offset and offset not in seen:
                 seen.add(offset)
                 is_active = l1_index < len(image.l1) and image.l1[l1_index] & OFFSET_MASK == offset
-                yield (await image.l2_table(l1_index)).words if is_active else await image.read_table(offset)
+                yield (await image.l2_words(l1_index)) if is_active else await image.read_table(offset)
 
 
 async def _has_compressed(driver: "Qcow2") -> bool:
@@ -118,8 +118,7 @@ class ZeroExpansion:
             progress(l1_index, len(image.l1))
             if not l1_entry & OFFSET_MASK:
                 continue
-            table = await image.l2_table(l1_index)
-            for index, entry in enumerate(list(table.words)):
+            for index, entry in enumerate(list(await image.l2_words(l1_index))):
                 if not _is_zero(entry):
                     continue
                 offset = l1_index * driver.map.reach + index * cluster

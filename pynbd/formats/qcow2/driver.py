@@ -28,6 +28,7 @@ from pynbd.block.options import NodeOptions, OnOff, Size
 from pynbd.block.permissions import ChildRole, Permission
 from pynbd.block.requests import RequestFlag
 from pynbd.formats.qcow2 import amending, creation, layout, resizing
+from pynbd.formats.qcow2.cache_cleaning import DEFAULT_INTERVAL_S, CacheCleaning, Interval
 from pynbd.formats.qcow2.creation import Qcow2CreationOptions
 from pynbd.formats.qcow2.encrypt_options import EncryptOptions
 from pynbd.formats.qcow2.header_file import read_header
@@ -43,6 +44,8 @@ MAX_L2_CACHE_BYTES = 32 << 20
 """What L2 tables may take by default; tables are kept when they are used, so that small disks take little."""
 
 REFCOUNT_CACHE_TABLES = 64
+
+MIN_L2_SLICE_BYTES = 512
 COMPRESSED = int(RequestFlag.COMPRESSED)
 
 if TYPE_CHECKING:
@@ -60,6 +63,8 @@ class Qcow2Options(NodeOptions, frozen=True, kw_only=True):
         l2_cache_size: bytes of L2 tables that are kept in memory.
         refcount_cache_size: bytes of refcount blocks that are kept in memory.
         cache_size: both together.
+        l2_cache_entry_size: bytes of an L2 table that are read and kept by themselves; whole tables, if not given.
+        cache_clean_interval: seconds after which tables that nobody has used are dropped from memory; 0 for never.
         encrypt: how an encrypted image is opened.
     """
 
@@ -69,6 +74,8 @@ class Qcow2Options(NodeOptions, frozen=True, kw_only=True):
     l2_cache_size: Size | None = None
     refcount_cache_size: Size | None = None
     cache_size: Size | None = None
+    l2_cache_entry_size: Size | None = None
+    cache_clean_interval: Interval = DEFAULT_INTERVAL_S
     encrypt: EncryptOptions = EncryptOptions()
 
 
@@ -88,6 +95,7 @@ class Qcow2(ClusterReader):
     write_flags = COMPRESSED
     options: Qcow2Options
     writer: Writer
+    cleaning: CacheCleaning
     vm_state: VmState
 
     @classmethod
@@ -132,6 +140,7 @@ class Qcow2(ClusterReader):
             self.image_name,
             l2_cache=l2_cache,
             refcount_cache=refcount_cache,
+            l2_slice_bytes=self._l2_slice_bytes(),
             data_file=data_file,
             for_check=self.for_check,
         )
@@ -161,6 +170,7 @@ class Qcow2(ClusterReader):
         )
         if not self.node.read_only and not self.for_check:
             await self._open_for_writing()
+        self.cleaning = CacheCleaning(image, self.options.cache_clean_interval)
 
     # What most images do not have is imported for those that do: small commands are done in little more time.
 
@@ -220,6 +230,17 @@ class Qcow2(ClusterReader):
             REFCOUNT_CACHE_TABLES * cluster if counts is None else counts,
         )
 
+    def _l2_slice_bytes(self) -> int:
+        wanted, cluster = self.options.l2_cache_entry_size, self.header.cluster_size
+        if wanted is None:
+            return cluster
+        if not MIN_L2_SLICE_BYTES <= wanted <= cluster or wanted & (wanted - 1):
+            least = MIN_L2_SLICE_BYTES
+            raise OptionError(
+                f"l2-cache-entry-size is {wanted}, expected a power of two from {least} to the cluster size ({cluster})"
+            )
+        return wanted
+
     def check_permissions(self, held: Permission, shared: Permission) -> None:
         if self.encryption is not None and self.encryption.cipher is None and held & ~Permission.RESIZE:
             raise PermissionConflict(f"{self.node.describe()} is encrypted; give its passphrase by encrypt.key-secret")
@@ -241,6 +262,7 @@ class Qcow2(ClusterReader):
                     await self.bitmaps.look_again()
 
     async def close(self) -> None:
+        self.cleaning.end()
         if self.node.read_only or self.image.fence is not None:
             return
         try:

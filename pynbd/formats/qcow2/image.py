@@ -24,7 +24,7 @@ from pynbd.formats.qcow2.layout import COPIED, OFFSET_MASK
 from pynbd.formats.qcow2.loaded_tables import LoadedTables
 from pynbd.formats.qcow2.overlap import Kind
 from pynbd.formats.qcow2.refcounts import Run
-from pynbd.formats.qcow2.tables import SECTOR, Table, to_disk, whole_sectors
+from pynbd.formats.qcow2.tables import SECTOR, Table, joined, to_disk, whole_sectors
 
 MAX_DIRTY_TABLES = 256
 """L2 tables that are changed and not written, at most; then they are, without anybody's flush."""
@@ -38,6 +38,7 @@ class Image(LoadedTables):
         header: what `read_header` gave.
         name: for messages.
         l2_cache, refcount_cache: bytes of tables that are kept in memory.
+        l2_slice_bytes: see `LoadedTables`.
         data_file: where the guest's bytes lie, if not here.
         for_check: tables that lie behind the end of the file are no error yet.
     """
@@ -50,10 +51,19 @@ class Image(LoadedTables):
         *,
         l2_cache: int = 32 << 20,
         refcount_cache: int = 4 << 20,
+        l2_slice_bytes: int = 0,
         data_file: Storage | None = None,
         for_check: bool = False,
     ) -> None:
-        super().__init__(file, header, name, l2_cache=l2_cache, refcount_cache=refcount_cache, for_check=for_check)
+        super().__init__(
+            file,
+            header,
+            name,
+            l2_cache=l2_cache,
+            refcount_cache=refcount_cache,
+            l2_slice_bytes=l2_slice_bytes,
+            for_check=for_check,
+        )
         self.data_file = data_file
         self.dirty_l1: set[int] = set()
         self.given_up = GivenUp(self)
@@ -69,40 +79,42 @@ class Image(LoadedTables):
         """Whether so many L2 tables are changed that they must be written before another one is."""
         return len(self.l2.dirty) >= MAX_DIRTY_TABLES or len(self.l2.dirty) >= self.l2.most // 2 + 1
 
-    async def writable_l2(self, l1_index: int) -> Table:
-        """The L2 table of an L1 entry, made or copied if need be, so that it may be changed.
+    async def writable_l2(self, number: int) -> Table:
+        """A slice of an L2 table, which is made or copied if need be, so that it may be changed.
 
-        Only what is done before the next `await` is sure to change this table.
+        Only what is done before the next `await` is sure to change it.
         """
+        l1_index = number // self.slices
         while True:
             if self.is_full:
                 await self.commit()
             entry = self.l1[l1_index]
-            table = await self.l2_table(l1_index) if entry & OFFSET_MASK else None
-            if entry & COPIED and table is not None:
-                return table
+            if entry & COPIED and entry & OFFSET_MASK:
+                return await self.l2_slice(number)
+            words = (await self.l2_words(l1_index))[:] if entry & OFFSET_MASK else array("Q", bytes(self.cluster_size))
             run = await self.refcounts.allocate(1)
-            if self.l1[l1_index] != entry or (table is not None and self.l2.get(l1_index) is not table):
-                await self.refcounts.change(run.first, 1, -1)  # somebody else was quicker
-                continue
-            words = table.words[:] if table is not None else array("Q", bytes(self.cluster_size))
-            if table is not None:
-                self.l2.forget(l1_index)
-                self.given_up.add(table.offset, self.cluster_size, structure=True)
-            new = Table(run.first << self.cluster_bits, words, is_new=True)
-            self.metadata.note_clusters(Kind.ACTIVE_L2, (run.first,))
-            self.l2.add(l1_index, new)
-            self.l2.mark(l1_index, 0, len(words))
-            self.l1[l1_index] = new.offset | COPIED
-            self.dirty_l1.add(l1_index)
-            return new
+            if self.l1[l1_index] == entry:
+                break
+            await self.refcounts.change(run.first, 1, -1)  # somebody else was quicker
+        if entry & OFFSET_MASK:
+            self.forget_l2(l1_index)
+            self.given_up.add(entry & OFFSET_MASK, self.cluster_size, structure=True)
+        self.metadata.note_clusters(Kind.ACTIVE_L2, (run.first,))
+        offset, each = run.first << self.cluster_bits, self.slice_bytes // 8
+        self.l1[l1_index] = offset | COPIED
+        self.dirty_l1.add(l1_index)
+        for part, at in enumerate(self.l2_slices(l1_index)):
+            table = Table(offset + 8 * each * part, words[each * part : each * (part + 1)], is_new=True)
+            self.l2.add(at, table)
+            self.l2.mark(at, 0, each)
+        return self.l2.tables[number]
 
     def drop_l2(self, l1_index: int) -> None:
         """An L1 entry leads to no L2 table any more; what that led to was given up before."""
         self.given_up.add(self.l1[l1_index] & OFFSET_MASK, self.cluster_size, structure=True)
         self.l1[l1_index] = 0
         self.dirty_l1.add(l1_index)
-        self.l2.forget(l1_index)
+        self.forget_l2(l1_index)
 
     # --- clusters ----------------------------------------------------------------------------------------
 
@@ -185,7 +197,7 @@ class Image(LoadedTables):
                 (table.offset + start, to_disk(table.words[start // 8 : stop // 8]))
                 for _, table, first, last in tables
                 if not table.is_new
-                for start, stop in (whole_sectors(first, last, 8, self.cluster_size),)
+                for start, stop in (whole_sectors(first, last, 8, self.slice_bytes),)
             ]
             new = [(table, to_disk(table.words)) for _, table, _, _ in tables if table.is_new]
             l1_pieces = self._l1_pieces(entries)
@@ -254,7 +266,7 @@ class Image(LoadedTables):
         ]
 
     async def _write_pieces(self, kind: Kind, pieces: Iterable[tuple[int, bytes]]) -> None:
-        for offset, data in pieces:
+        for offset, data in joined(pieces):
             await self.write_metadata(kind, offset, data)
 
     async def write_metadata(self, kind: Kind, offset: int, data: bytes) -> None:

@@ -19,18 +19,31 @@ class LoadedTables(HeaderFile):
     Args:
         file, header, name: see `HeaderFile`.
         l2_cache, refcount_cache: bytes of tables that are kept in memory.
+        l2_slice_bytes: pieces in which L2 tables are read and kept; 0 for whole tables.
         for_check: tables that lie behind the end of the file are no error yet.
     """
 
     def __init__(
-        self, file: Storage, header: Header, name: str, *, l2_cache: int, refcount_cache: int, for_check: bool
+        self,
+        file: Storage,
+        header: Header,
+        name: str,
+        *,
+        l2_cache: int,
+        refcount_cache: int,
+        l2_slice_bytes: int,
+        for_check: bool,
     ) -> None:
         super().__init__(file, header, name)
         self.for_check = for_check
         self.cluster_size = header.cluster_size
         self.cluster_bits = header.cluster_bits
         self.l1: array[int] = array("Q")
-        self.l2 = TableCache(l2_cache // self.cluster_size, self.read_table)
+        self.slice_bytes = l2_slice_bytes or self.cluster_size
+        self.slices = self.cluster_size // self.slice_bytes
+        """Of each L2 table."""
+        self.l2 = TableCache(l2_cache // self.slice_bytes, self._read_slice)
+        """Slices of L2 tables: those of the table of the first L1 entry, then those of the second …"""
         self.blocks = TableCache(refcount_cache // self.cluster_size, self._read_block)
         self.refcounts = Refcounts(header, array("Q"), self.blocks, name, self._may_use)
         self.metadata = Metadata(self.cluster_bits)
@@ -112,22 +125,58 @@ class LoadedTables(HeaderFile):
         Raises:
             OSError: it can't be read, or is not where it should be.
         """
+        await self._check_table(offset)
+        return from_disk(await self.read_bytes(offset, self.cluster_size))
+
+    async def _check_table(self, offset: int) -> None:
         if offset & (self.cluster_size - 1):
             what = f"an L1 table points to an L2 table here, expected a multiple of {self.cluster_size}"
             raise await self.corrupted(what, offset)
         if offset + self.cluster_size > round_up(self.file.size, self.cluster_size):
             raise await self.corrupted(f"an L2 table lies here, but the file ends at {self.file.size}", offset)
-        return from_disk(await self.read_bytes(offset, self.cluster_size))
+
+    async def _read_slice(self, offset: int) -> "array[int]":
+        return from_disk(await self.read_bytes(offset, self.slice_bytes))
 
     async def _read_block(self, offset: int) -> "array[int]":
         if offset + self.cluster_size > round_up(self.file.size, self.cluster_size):
             raise await self.corrupted(f"a refcount block lies here, but the file ends at {self.file.size}", offset)
         return unpack(bytes(await self.read_bytes(offset, self.cluster_size)), self.refcounts.order)
 
-    async def l2_table(self, l1_index: int) -> Table:
-        """The L2 table of an L1 entry that has one.
+    async def l2_slice(self, number: int) -> Table:
+        """A slice of an L2 table of the disk, which must have that table.
 
         Raises:
             OSError: it can't be read, or is not where it should be.
         """
-        return await self.l2.load(l1_index, self.l1[l1_index] & OFFSET_MASK)
+        table = self.l2.get(number)
+        if table is not None:
+            return table
+        l1_index, part = divmod(number, self.slices)
+        offset = self.l1[l1_index] & OFFSET_MASK
+        await self._check_table(offset)
+        return await self.l2.load(number, offset + part * self.slice_bytes)
+
+    def l2_slices(self, l1_index: int) -> range:
+        """The numbers of all slices of an L1 entry's table."""
+        return range(l1_index * self.slices, (l1_index + 1) * self.slices)
+
+    async def l2_words(self, l1_index: int) -> "array[int]":
+        """All entries of an L2 table of the disk, which must have that table: not to be changed.
+
+        Raises:
+            OSError: it can't be read, or is not where it should be.
+        """
+        if self.slices == 1:
+            return (await self.l2_slice(l1_index)).words
+        words = await self.read_table(self.l1[l1_index] & OFFSET_MASK)
+        each = self.slice_bytes // 8
+        for part, number in enumerate(self.l2_slices(l1_index)):
+            if (table := self.l2.get(number)) is not None:
+                words[part * each : (part + 1) * each] = table.words
+        return words
+
+    def forget_l2(self, l1_index: int) -> None:
+        """Drop an L2 table from memory, changed or not."""
+        for number in self.l2_slices(l1_index):
+            self.l2.forget(number)

@@ -57,7 +57,10 @@ class ClusterMapping:
         self.reach = header.l2_entries << self.bits
         """Bytes of the disk that one L2 table tells of."""
         self.reach_bits = self.reach.bit_length() - 1
-        self.index_mask = header.l2_entries - 1
+        self.slice_reach = self.reach // image.slices
+        """Bytes of the disk that one slice of an L2 table tells of: what is kept in memory by itself."""
+        self.slice_bits = self.slice_reach.bit_length() - 1
+        self.index_mask = header.l2_entries // image.slices - 1
         self.header_changed()
 
     def header_changed(self) -> None:
@@ -72,16 +75,16 @@ class ClusterMapping:
         """What the bytes from `offset` on are, as far as they are alike, and at most up to `end`.
 
         Returns:
-            None if the L2 table is not at hand: `load` it, and ask again.
+            None if the slice of the L2 table is not at hand: `load` it, and ask again.
         """
-        image = self.image
-        l1_index = offset // self.reach
-        base = l1_index * self.reach
-        end = min(end, base + self.reach)
-        if l1_index >= len(image.l1):
-            return Piece(INVALID, end)
-        table = image.l2.get(l1_index)
+        image, number = self.image, offset >> self.slice_bits
+        base = number << self.slice_bits
+        end = min(end, base + self.slice_reach)
+        table = image.l2.get(number)
         if table is None:
+            l1_index = offset >> self.reach_bits
+            if l1_index >= len(image.l1):
+                return Piece(INVALID, end)
             return None if image.l1[l1_index] & OFFSET_MASK else Piece(NOWHERE, end)
         if self.extended:
             return self._lookup_units(table, base, offset, end)
@@ -109,7 +112,7 @@ class ClusterMapping:
 
         What `lookup` would say for most requests, in a third of the time.
         """
-        table = self.image.l2.tables.get(offset >> self.reach_bits)
+        table = self.image.l2.tables.get(offset >> self.slice_bits)
         if table is None or self.extended:
             return 0
         within = offset & (self.cluster - 1)
@@ -126,7 +129,7 @@ class ClusterMapping:
 
     def owned_host_of(self, offset: int, length: int) -> int:
         """The same, if the cluster may be written in place."""
-        table = self.image.l2.tables.get(offset >> self.reach_bits)
+        table = self.image.l2.tables.get(offset >> self.slice_bits)
         if table is None or self.extended:
             return 0
         within = offset & (self.cluster - 1)
@@ -182,11 +185,11 @@ class ClusterMapping:
     # --- entries -------------------------------------------------------------------------------------------
 
     async def load(self, offset: int) -> Table | None:
-        """See to it that the L2 table for a byte of the disk is at hand; None if there is none."""
-        l1_index = offset // self.reach
+        """See to it that the slice of the L2 table for a byte of the disk is at hand; None if there is none."""
+        l1_index = offset >> self.reach_bits
         if l1_index >= len(self.image.l1) or not self.image.l1[l1_index] & OFFSET_MASK:
             return None
-        return await self.image.l2_table(l1_index)
+        return await self.image.l2_slice(offset >> self.slice_bits)
 
     async def piece(self, offset: int, end: int) -> Piece:
         """`lookup`, and the table is loaded if need be."""
@@ -202,15 +205,19 @@ class ClusterMapping:
         table = await self.load(offset)
         if table is None:
             return 0, 0
-        index = offset % self.reach >> self.bits
+        index = offset >> self.bits & self.index_mask
         if self.extended:
             return table.words[2 * index], table.words[2 * index + 1]
         return table.words[index], 0
 
     async def writable(self, offset: int) -> tuple[Table, int]:
-        """(L2 table, index of the first word) of a cluster, to be changed before the next `await`."""
-        table = await self.image.writable_l2(offset // self.reach)
-        return table, (offset % self.reach >> self.bits) * self.words
+        """(slice of an L2 table, index of the first word) of a cluster, to be changed before the next `await`."""
+        table = await self.image.writable_l2(offset >> self.slice_bits)
+        return table, (offset >> self.bits & self.index_mask) * self.words
+
+    def mark(self, offset: int, first: int, last: int) -> None:
+        """The words [first, last) of the slice for a byte of the disk were changed."""
+        self.image.l2.mark(offset >> self.slice_bits, first, last)
 
     def compressed_place(self, descriptor: int) -> tuple[int, int]:
         """(offset, bytes) of compressed data, in the file; they may end earlier."""

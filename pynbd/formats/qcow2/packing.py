@@ -72,7 +72,7 @@ class Packing:
             table, at = await self.map.writable(offset)
             old = table.words[at]
             self.map.put(table.words, at, self.map.compressed_entry(place, len(packed)), 0)
-            self.image.l2.mark(offset // self.map.reach, at, at + self.map.words)
+            self.map.mark(offset, at, at + self.map.words)
             self.writer.give_up_entry(old)
 
     async def _place(self, length: int) -> int:

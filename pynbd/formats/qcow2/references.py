@@ -83,7 +83,11 @@ class References:
         self.map = map
         bitmap = b"\xff" * 8 * (map.words - 1)
         entry = (COPIED - 1).to_bytes(8, sys.byteorder) + bitmap
-        self._all_but_copied = int.from_bytes(entry * (map.cluster // len(entry)), sys.byteorder)
+        self._all_but_copied = {
+            size: int.from_bytes(entry * (size // len(entry)), sys.byteorder)
+            for size in (map.cluster, image.slice_bytes)
+        }
+        """Bytes of entries → a number that has all bits but these flags."""
 
     async def table(self, l1_index: int, offset: int) -> "array[int]":
         """The entries of an L2 table of any L1 table: not to be changed.
@@ -93,7 +97,7 @@ class References:
         """
         active = self.image.l1
         if l1_index < len(active) and active[l1_index] & OFFSET_MASK == offset:
-            return (await self.image.l2_table(l1_index)).words
+            return await self.image.l2_words(l1_index)
         return await self.image.read_table(offset)
 
     # --- counts --------------------------------------------------------------------------------------------
@@ -185,19 +189,20 @@ class References:
     # --- flags ---------------------------------------------------------------------------------------------
 
     def without_copied(self, words: "array[int]") -> "array[int]":
-        """The entries of an L2 table without any COPIED flag."""
-        cleared = int.from_bytes(words.tobytes(), sys.byteorder) & self._all_but_copied
+        """The entries of an L2 table, or of a slice of one, without any COPIED flag."""
+        cleared = int.from_bytes(words.tobytes(), sys.byteorder) & self._all_but_copied[len(words) * 8]
         return array("Q", cleared.to_bytes(len(words) * 8, sys.byteorder))
 
     async def clear_copied(self) -> None:
         """All that the active L1 table leads to is shared from now on."""
         image = self.image
         for index in self.tables():
-            words = await self.changeable(index)
-            cleared = self.without_copied(words)
-            if cleared != words:
-                words[:] = cleared
-                image.l2.mark(index, 0, len(words))
+            for number in image.l2_slices(index):
+                words = await self.changeable(number)
+                cleared = self.without_copied(words)
+                if cleared != words:
+                    words[:] = cleared
+                    image.l2.mark(number, 0, len(words))
             self._set_l1_copied(index, on=False)
 
     async def clear_copied_below(self, l1: "array[int]") -> None:
@@ -216,36 +221,40 @@ class References:
         image.metadata.note(Kind.INACTIVE_L2, offset, image.cluster_size)
         await image.write_metadata(Kind.ANY_L2, offset, to_disk(words))
         if l1_index < len(image.l1) and image.l1[l1_index] & OFFSET_MASK == offset:
-            image.l2.forget(l1_index)
+            image.forget_l2(l1_index)
 
     async def restore_copied(self, indexes: Iterable[int]) -> None:
         """Set or clear the COPIED flags of some L2 tables of the active L1 table as the counts say."""
-        image, step, cluster, bits = self.image, self.map.words, self.map.cluster, self.map.bits
+        image, bits = self.image, self.map.bits
         for index in indexes:
-            words = await self.changeable(index)
-            first, last = len(words), 0
-            for at, count, entry in list(data_runs(words, step, cluster)):
-                counts = await image.refcounts.counts((entry & OFFSET_MASK) >> bits, count)
-                if counts.count(1) == (count if entry & COPIED else 0):
-                    continue
-                words = await self.changeable(index)  # it may have been read anew
-                for number in range(count):
-                    place = words[(at + number) * step]
-                    words[(at + number) * step] = place | COPIED if counts[number] == 1 else place & ~COPIED
-                first, last = min(first, at * step), max(last, (at + count) * step)
-                image.l2.mark(index, first, last)
+            for number in image.l2_slices(index):
+                await self._restore_copied_in(number)
             self._set_l1_copied(index, on=await image.refcounts.get((image.l1[index] & OFFSET_MASK) >> bits) == 1)
+
+    async def _restore_copied_in(self, number: int) -> None:
+        """The same for a slice of an L2 table."""
+        image, step, cluster, bits = self.image, self.map.words, self.map.cluster, self.map.bits
+        words = await self.changeable(number)
+        for at, count, entry in list(data_runs(words, step, cluster)):
+            counts = await image.refcounts.counts((entry & OFFSET_MASK) >> bits, count)
+            if counts.count(1) == (count if entry & COPIED else 0):
+                continue
+            words = await self.changeable(number)  # it may have been read anew
+            for each in range(count):
+                place = words[(at + each) * step]
+                words[(at + each) * step] = place | COPIED if counts[each] == 1 else place & ~COPIED
+            image.l2.mark(number, at * step, (at + count) * step)
 
     def tables(self) -> list[int]:
         """The indexes of the active L1 table that lead to an L2 table."""
         return [index for index, entry in enumerate(self.image.l1) if entry & OFFSET_MASK]
 
-    async def changeable(self, l1_index: int) -> "array[int]":
-        """The entries of an L2 table of the active L1 table, to be changed where they are before the next `await`."""
+    async def changeable(self, number: int) -> "array[int]":
+        """The entries of a slice of an L2 table of the disk, to be changed where they are before the next `await`."""
         image = self.image
         if len(image.l2.dirty) > min(image.l2.most // 2, MAX_CHANGED_TABLES):
             await image.commit()
-        return (await image.l2_table(l1_index)).words
+        return (await image.l2_slice(number)).words
 
     def _set_l1_copied(self, l1_index: int, *, on: bool) -> None:
         entry = self.image.l1[l1_index]

@@ -114,7 +114,7 @@ async def _preallocate(driver: "Qcow2", old: int, size: int, preallocation: Prea
     if driver.header.has_data_file and preallocation is not Preallocation.METADATA:
         await node.truncate(size, preallocation, exact=False)
     while start < end:
-        within = min(end, round_down(start, driver.map.reach) + driver.map.reach)
+        within = min(end, round_down(start, driver.map.slice_reach) + driver.map.slice_reach)
         count = (within - start) // cluster
         if driver.header.has_data_file:
             host, fresh = start, True
@@ -135,7 +135,7 @@ async def _preallocate(driver: "Qcow2", old: int, size: int, preallocation: Prea
         for number in range(count):
             place = (host + number * cluster) | COPIED
             driver.map.put(table.words, at + number * driver.map.words, place, SUBCLUSTERS_ALL_ALLOCATED)
-        image.l2.mark(start // driver.map.reach, at, at + count * driver.map.words)
+        driver.map.mark(start, at, at + count * driver.map.words)
         start += count * cluster
 
 

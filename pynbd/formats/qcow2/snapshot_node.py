@@ -13,6 +13,7 @@ from pynbd.block.errors import BlockError, OptionError
 from pynbd.block.options import NodeOptions
 from pynbd.block.permissions import ChildRole, Permission
 from pynbd.block.status import without_filters
+from pynbd.formats.qcow2.cache_cleaning import CacheCleaning
 from pynbd.formats.qcow2.driver import Qcow2
 from pynbd.formats.qcow2.image import Image
 from pynbd.formats.qcow2.mapping import ClusterMapping
@@ -83,10 +84,12 @@ class Qcow2Snapshot(ClusterReader):
         self.image = Image(live.storage, self.header, name, l2_cache=L2_CACHE_BYTES, refcount_cache=0)
         self.image.l1[:] = l1
         self.map = ClusterMapping(self.image)
+        self.cleaning = CacheCleaning(self.image, live.options.cache_clean_interval)
         self.size = self.header.size
         self.limits = live.limits
 
     async def close(self) -> None:
+        self.cleaning.end()
         self.live.snapshots.unpin(self.shown)
 
     def child_permissions(self, name: str, held: Permission, shared: Permission) -> tuple[Permission, Permission]:

@@ -269,7 +269,7 @@ class SnapshotStore:
         gone = array("Q", [0]) * first + image.l1[first:]
         for index in range(first, len(image.l1)):
             if image.l1[index]:
-                image.l2.forget(index)
+                image.forget_l2(index)
                 image.l1[index] = 0
                 image.dirty_l1.add(index)
         await image.commit()

@@ -6,7 +6,7 @@ way when there is no room. Nobody keeps a table over an `await`: it may be gone 
 
 import asyncio
 from array import array
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any
 
 SECTOR = 512
@@ -33,7 +33,7 @@ class Table:
         self.busy = 0
         """Writers at work on it."""
         self.used = True
-        """Asked for since somebody last looked for room."""
+        """Asked for since somebody last looked for what may go."""
 
 
 class TableCache:
@@ -100,6 +100,16 @@ class TableCache:
                 else:
                     del self.tables[index]
 
+    def drop_unused(self) -> None:
+        """Let the tables go that nobody asked for since this was called last."""
+        for index, table in list(self.tables.items()):
+            if index in self.dirty or table.busy:
+                continue
+            if table.used:
+                table.used = False
+            else:
+                del self.tables[index]
+
     def forget(self, index: int) -> None:
         """Drop a table, changed or not: nothing points to it any more."""
         self.tables.pop(index, None)
@@ -153,6 +163,18 @@ def to_disk(words: "array[int]") -> bytes:
     swapped = words[:]
     swapped.byteswap()
     return swapped.tobytes()
+
+
+def joined(pieces: Iterable[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
+    """(offset, bytes) of the same pieces by offset, with those that follow each other in one."""
+    found: list[tuple[int, list[bytes]]] = []
+    end = -1
+    for offset, data in sorted(pieces):
+        if offset != end:
+            found.append((offset, []))
+        found[-1][1].append(data)
+        end = offset + len(data)
+    return [(offset, b"".join(parts)) for offset, parts in found]
 
 
 def whole_sectors(first: int, last: int, entry_bytes: int, table_bytes: int) -> tuple[int, int]:

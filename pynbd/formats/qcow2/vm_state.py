@@ -64,10 +64,10 @@ class VmState:
         await grow_l1(self.image, min(entries + entries // 8, layout.MAX_L1_BYTES // 8))
 
     async def _write_some(self, offset: int, data: memoryview) -> int:
-        """Write the first part of some data, all of whose clusters are in one L2 table; gives where it ends."""
+        """Write the first part of some data, as far as one slice of an L2 table tells of it; gives where it ends."""
         cluster, writer = self.map.cluster, self.driver.writer
         low = round_down(offset, cluster)
-        most = min(low + CLUSTERS_AT_ONCE * cluster, round_down(offset, self.map.reach) + self.map.reach)
+        most = min(low + CLUSTERS_AT_ONCE * cluster, round_down(offset, self.map.slice_reach) + self.map.slice_reach)
         end = min(offset + len(data), most)
         piece = await self.map.piece(offset, end)
         if piece.own:

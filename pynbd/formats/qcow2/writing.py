@@ -107,9 +107,8 @@ class Writer:
         base = offset - offset % cluster
         if self.map.extended or self.has_data_file or offset + len(data) > base + cluster or image.is_full:
             return False
-        l1_index = offset // self.map.reach
-        table = image.l2.get(l1_index)
-        if table is None or not image.l1[l1_index] & COPIED:
+        table = image.l2.get(offset >> self.map.slice_bits)
+        if table is None or not image.l1[offset >> self.map.reach_bits] & COPIED:
             return False
         index = offset >> self.map.bits & self.map.index_mask
         entry = table.words[index]
@@ -125,7 +124,7 @@ class Writer:
             image.refcounts.put_back(host >> self.map.bits)
             return False
         table.words[index] = host | COPIED
-        image.l2.mark(l1_index, index, index + 1)
+        self.map.mark(offset, index, index + 1)
         return True
 
     async def _is_own(self, offset: int, end: int) -> bool:
@@ -179,7 +178,8 @@ class Writer:
                 await self.write_host(piece.host, start, data[start - offset : piece.stop - offset])
                 start = piece.stop
                 continue
-            stop = await self._end_of_foreign(piece.stop, min(end, round_down(start, self.map.reach) + self.map.reach))
+            reach = self.map.slice_reach
+            stop = await self._end_of_foreign(piece.stop, min(end, round_down(start, reach) + reach))
             start = await self._allocate(start, data[start - offset : stop - offset])
 
     async def _end_of_foreign(self, offset: int, end: int) -> int:
@@ -192,7 +192,7 @@ class Writer:
         return offset
 
     async def _allocate(self, offset: int, data: memoryview) -> int:
-        """Write into clusters that must be taken first, or completed; all of them belong to one L2 table.
+        """Write into clusters that must be taken first, or completed; all of them belong to one slice of an L2 table.
 
         Returns:
             up to where it was written: free clusters that follow each other may be few.
@@ -298,7 +298,7 @@ class Writer:
         cluster, words_each = self.cluster, self.map.words
         first, last = low // cluster, -(-high // cluster)
         table, at = await self.map.writable(low)
-        words, l1_index = table.words, low // self.map.reach
+        words = table.words
         for number in range(first, last):
             index = at + (number - first) * words_each
             place = host + (number - first) * cluster
@@ -314,7 +314,7 @@ class Writer:
                 words[index + 1] = zeroes | kept | taken
             if not owned:
                 self.give_up_entry(old)
-        self.image.l2.mark(l1_index, at, at + (last - first) * words_each)
+        self.map.mark(low, at, at + (last - first) * words_each)
 
     def give_up_entry(self, entry: int) -> None:
         """What an L2 entry pointed to is not needed by it any more."""

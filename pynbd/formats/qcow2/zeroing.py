@@ -175,7 +175,7 @@ class Zeroing:
         table, at = await self.map.writable(offset)
         old = table.words[at]
         self.map.put(table.words, at, entry, bitmap)
-        self.image.l2.mark(offset // self.map.reach, at, at + self.map.words)
+        self.map.mark(offset, at, at + self.map.words)
         if give_up:
             self.writer.give_up_entry(old)
 
