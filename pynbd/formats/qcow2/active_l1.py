@@ -3,6 +3,7 @@
 from array import array
 
 from pynbd.block.alignment import round_up
+from pynbd.formats.qcow2.given_up import Cause
 from pynbd.formats.qcow2.image import Image
 from pynbd.formats.qcow2.overlap import Kind
 from pynbd.formats.qcow2.tables import to_disk
@@ -43,7 +44,7 @@ async def replace_l1(image: Image, words: "array[int]", size: int) -> None:
     await image.change_fields(*SIZE_TO_L1, size=size, l1_size=len(words), l1_table_offset=offset)
     image.l1[:] = words
     if old_bytes:
-        image.given_up.add(old_offset, old_bytes, structure=True)
+        image.given_up.add(old_offset, old_bytes, Cause.OTHER, structure=True)
 
 
 async def grow_l1(image: Image, entries: int) -> None:
@@ -72,7 +73,7 @@ async def grow_l1(image: Image, entries: int) -> None:
         await image.change_fields(*L1, l1_size=entries, l1_table_offset=offset)
         image.l1.extend(more)
         if moves and old_bytes:
-            image.given_up.add(old_offset, old_bytes, structure=True)
+            image.given_up.add(old_offset, old_bytes, Cause.OTHER, structure=True)
 
 
 def _padded(words: "array[int]", image: Image) -> bytes:

@@ -17,6 +17,7 @@ from pynbd.block.options import OnOff, Size
 from pynbd.formats.qcow2 import downgrade, layout, resizing
 from pynbd.formats.qcow2.creation import COMPATS, counting_clusters
 from pynbd.formats.qcow2.encrypt_options import EncryptAmendOptions
+from pynbd.formats.qcow2.given_up import Cause
 from pynbd.formats.qcow2.layout import Autoclear, Compatible, CryptMethod, Incompatible
 from pynbd.formats.qcow2.overlap import Kind
 from pynbd.formats.qcow2.refcounts import TYPECODES, Refcounts, pack
@@ -180,7 +181,7 @@ async def change_refcount_bits(driver: "Qcow2", bits: int, progress: Progress) -
     )
     image.recount(entries, table)
     for place, length in gone:
-        image.given_up.add(place, length, structure=True)
+        image.given_up.add(place, length, Cause.OTHER, structure=True)
     await image.commit_all()
 
 

@@ -17,6 +17,7 @@ from pynbd.block.errors import BlockError, ImageError
 from pynbd.block.families import BitmapInfo
 from pynbd.formats.qcow2 import layout
 from pynbd.formats.qcow2.bitmap_directory import StoredBitmap, build_directory, read_bits, read_directory, read_table
+from pynbd.formats.qcow2.given_up import Cause
 from pynbd.formats.qcow2.header import BitmapsPointer
 from pynbd.formats.qcow2.layout import Autoclear, BitmapFlag
 from pynbd.formats.qcow2.overlap import Kind
@@ -228,7 +229,7 @@ class BitmapStore:
         if before is not None:
             gone.append((before.directory_offset, before.directory_size))
         for offset, length in gone:
-            image.given_up.add(offset, length, structure=True)
+            image.given_up.add(offset, length, Cause.OTHER, structure=True)
 
     async def _lose(self) -> None:
         """The image was made one of compat 0.10, which keeps no bitmaps: give up all that belongs to them."""
@@ -238,7 +239,7 @@ class BitmapStore:
             places.append((self.directory.directory_offset, self.directory.directory_size))
         self.entries, self.directory = [], None
         for offset, length in places:
-            self.image.given_up.add(offset, length, structure=True)
+            self.image.given_up.add(offset, length, Cause.OTHER, structure=True)
 
     def _is_kept_as_it_is(self, entry: StoredBitmap) -> bool:
         bitmap = self.driver.node.bitmaps.get(entry.name)

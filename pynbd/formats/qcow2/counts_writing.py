@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from pynbd.formats.qcow2.given_up import Cause
 from pynbd.formats.qcow2.overlap import Kind
 from pynbd.formats.qcow2.refcounts import pack
 from pynbd.formats.qcow2.tables import SECTOR, to_disk, whole_sectors
@@ -80,4 +81,4 @@ async def _move_refcount_table(image: "Image") -> None:
             counts.table_moved = True
     for _, block, _, _ in taken:
         block.is_new = False
-    image.given_up.add(old[0], old[1] << image.cluster_bits, structure=True)
+    image.given_up.add(old[0], old[1] << image.cluster_bits, Cause.OTHER, structure=True)

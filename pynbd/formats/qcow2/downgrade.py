@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from pynbd.block.errors import OptionError
 from pynbd.block.families import Progress
 from pynbd.formats.qcow2 import layout
+from pynbd.formats.qcow2.given_up import Cause
 from pynbd.formats.qcow2.layout import OFFSET_MASK, Autoclear, Compatible, CryptMethod, Incompatible
 from pynbd.formats.qcow2.overlap import Kind
 from pynbd.formats.qcow2.refcounts import Run
@@ -126,7 +127,7 @@ class ZeroExpansion:
                 if offset < end and (self.backed or entry & OFFSET_MASK):
                     await driver.writer.zeroing.zeroes_as_data(offset, end)
                 else:
-                    await driver.writer.zeroing.forget(offset, offset + cluster)
+                    await driver.writer.zeroing.forget(offset, offset + cluster, Cause.OTHER)
 
     async def _expand_snapshots(self) -> None:
         """The tables that only snapshots have: they are changed where they are."""
@@ -165,7 +166,7 @@ class ZeroExpansion:
         await image.barrier()
         for run in gone:
             for _ in range(times):
-                await image.given_up.drop_references(run)
+                await image.given_up.drop_references(run, Cause.OTHER, structure=False)
 
     async def _fill(self, host: int, offset: int) -> None:
         """Write zeroes into a host cluster, which is that of some bytes of the disk."""

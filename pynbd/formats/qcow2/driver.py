@@ -31,6 +31,7 @@ from pynbd.formats.qcow2 import amending, creation, layout, resizing
 from pynbd.formats.qcow2.cache_cleaning import DEFAULT_INTERVAL_S, CacheCleaning, Interval
 from pynbd.formats.qcow2.creation import Qcow2CreationOptions
 from pynbd.formats.qcow2.encrypt_options import EncryptOptions
+from pynbd.formats.qcow2.given_up import Cause
 from pynbd.formats.qcow2.header_file import read_header
 from pynbd.formats.qcow2.image import Image
 from pynbd.formats.qcow2.layout import CryptMethod, Incompatible
@@ -60,6 +61,8 @@ class Qcow2Options(NodeOptions, frozen=True, kw_only=True):
         lazy_refcounts: write reference counts late; the image's own choice, if it is not given.
         overlap_check: which of the image's own structures nothing else is written over; a template, or a group.
         pass_discard_request: what the guest discards is discarded in the file; with discard=unmap, if not given.
+        pass_discard_snapshot: what only a snapshot kept is discarded in the file when that goes.
+        pass_discard_other: what becomes free for another reason is discarded in the file.
         l2_cache_size: bytes of L2 tables that are kept in memory.
         refcount_cache_size: bytes of refcount blocks that are kept in memory.
         cache_size: both together.
@@ -71,6 +74,8 @@ class Qcow2Options(NodeOptions, frozen=True, kw_only=True):
     lazy_refcounts: OnOff | None = None
     overlap_check: Template | OverlapOptions = "all"
     pass_discard_request: OnOff | None = None
+    pass_discard_snapshot: OnOff = True
+    pass_discard_other: OnOff = False
     l2_cache_size: Size | None = None
     refcount_cache_size: Size | None = None
     cache_size: Size | None = None
@@ -206,10 +211,20 @@ class Qcow2(ClusterReader):
         if lazy and header.version < 3:
             raise OptionError(f"{self.image_name}: lazy-refcounts needs an image of compat 1.1 or newer")
         image.lazy = header.lazy_refcounts if lazy is None else lazy
-        passed = self.options.pass_discard_request
-        image.given_up.discard = self.node.options.discard in ("unmap", "on") if passed is None else passed
+        image.given_up.passed = self._passed_causes()
         if header.bitmaps is not None:
             await self.bitmaps.begin_writing()
+
+    def _passed_causes(self) -> set[Cause]:
+        """Causes for which the file hears of what becomes free."""
+        options, request = self.options, self.options.pass_discard_request
+        wanted = {
+            Cause.CUT_OFF: True,
+            Cause.REQUEST: options.discard in ("unmap", "on") if request is None else request,
+            Cause.SNAPSHOT: options.pass_discard_snapshot,
+            Cause.OTHER: options.pass_discard_other,
+        }
+        return {cause for cause, is_passed in wanted.items() if is_passed}
 
     def _cache_sizes(self) -> tuple[int, int]:
         """(L2, refcount) bytes of tables that may be kept."""

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from pynbd.block.errors import ImageError
@@ -13,15 +14,27 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+class Cause(IntEnum):
+    """Why clusters are given up, which decides whether the file hears of it when they become free."""
+
+    OVERWRITTEN = 0  # never: they will be used again soon
+    CUT_OFF = 1  # always: the disk was made shorter
+    REQUEST = 2  # pass-discard-request: the guest has discarded them, or made them zero
+    SNAPSHOT = 3  # pass-discard-snapshot: only a snapshot kept them
+    OTHER = 4  # pass-discard-other
+
+
 class Gone(NamedTuple):
     """What was given up.
 
     Args:
         run: clusters.
+        cause: why.
         structure: whether they belonged to a structure of the image's own, which goes with them.
     """
 
     run: Run
+    cause: Cause
     structure: bool
 
 
@@ -36,8 +49,8 @@ class GivenUp:
         self.image = image
         self.gone: list[Gone] = []
         """Those that something on disk may point to still; the next commit sees to that."""
-        self.discard = False
-        """The file below hears of clusters that are free."""
+        self.passed = {Cause.CUT_OFF}
+        """Causes for which the file hears of clusters that become free."""
         self._waiting: list[tuple[int, list[Gone]]] = []
         self._epoch = 0
         self._readers: dict[int, int] = {}
@@ -51,22 +64,22 @@ class GivenUp:
         """How much waits for the next commit."""
         return sum(gone.run.clusters for gone in self.gone) << self.image.cluster_bits
 
-    def add(self, offset: int, length: int, *, structure: bool = False) -> None:
+    def add(self, offset: int, length: int, cause: Cause, *, structure: bool = False) -> None:
         """Clusters lose a reference, as soon as nothing on disk points to them any more.
 
         Args:
             offset: in the file.
             length: bytes; all clusters that they touch are meant.
-            structure: see `Gone`.
+            cause, structure: see `Gone`.
         """
         first = offset >> self.image.cluster_bits
         count = -(-(offset + length) // self.image.cluster_size) - first
         if self.gone:
-            last, alike = self.gone[-1]
-            if last.first + last.clusters == first and alike == structure:
-                self.gone[-1] = Gone(Run(last.first, last.clusters + count), structure)
+            last, *how = self.gone[-1]
+            if last.first + last.clusters == first and how == [cause, structure]:
+                self.gone[-1] = Gone(Run(last.first, last.clusters + count), cause, structure)
                 return
-        self.gone.append(Gone(Run(first, count), structure))
+        self.gone.append(Gone(Run(first, count), cause, structure))
 
     # --- who reads meanwhile -------------------------------------------------------------------------------
 
@@ -108,21 +121,21 @@ class GivenUp:
         while self._waiting and not any(epoch <= self._waiting[0][0] for epoch in self._readers):
             _, free = self._waiting.pop(0)
             for gone in free:
-                await self.drop_references(gone.run, structure=gone.structure)
+                await self.drop_references(*gone)
 
-    async def drop_references(self, run: Run, *, structure: bool = False) -> None:
+    async def drop_references(self, run: Run, cause: Cause, structure: bool) -> None:
         """Clusters lose a reference: nothing on disk points to them any more (see `add` for those where it does).
 
         Args:
             run: the clusters.
-            structure: see `Gone`.
+            cause, structure: see `Gone`.
 
         Raises:
             OSError: counts can't be read, or the image is corrupt.
         """
         image = self.image
         try:
-            if self.discard:
+            if cause in self.passed:
                 # While they still count as used: who takes them next must not have his bytes discarded.
                 for free in await image.refcounts.used_once(run):
                     await self._discard(free)

@@ -17,7 +17,7 @@ from array import array
 from collections.abc import Iterable
 
 from pynbd.formats.qcow2.counts_writing import write_counts
-from pynbd.formats.qcow2.given_up import GivenUp
+from pynbd.formats.qcow2.given_up import Cause, GivenUp
 from pynbd.formats.qcow2.header import Header
 from pynbd.formats.qcow2.header_file import Storage
 from pynbd.formats.qcow2.layout import COPIED, OFFSET_MASK
@@ -98,7 +98,7 @@ class Image(LoadedTables):
             await self.refcounts.change(run.first, 1, -1)  # somebody else was quicker
         if entry & OFFSET_MASK:
             self.forget_l2(l1_index)
-            self.given_up.add(entry & OFFSET_MASK, self.cluster_size, structure=True)
+            self.given_up.add(entry & OFFSET_MASK, self.cluster_size, Cause.OTHER, structure=True)
         self.metadata.note_clusters(Kind.ACTIVE_L2, (run.first,))
         offset, each = run.first << self.cluster_bits, self.slice_bytes // 8
         self.l1[l1_index] = offset | COPIED
@@ -111,7 +111,7 @@ class Image(LoadedTables):
 
     def drop_l2(self, l1_index: int) -> None:
         """An L1 entry leads to no L2 table any more; what that led to was given up before."""
-        self.given_up.add(self.l1[l1_index] & OFFSET_MASK, self.cluster_size, structure=True)
+        self.given_up.add(self.l1[l1_index] & OFFSET_MASK, self.cluster_size, Cause.OTHER, structure=True)
         self.l1[l1_index] = 0
         self.dirty_l1.add(l1_index)
         self.forget_l2(l1_index)

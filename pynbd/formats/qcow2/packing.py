@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from pynbd.block.errors import io_error, unsupported
 from pynbd.formats.qcow2 import compression
+from pynbd.formats.qcow2.given_up import Cause
 from pynbd.formats.qcow2.refcounts import Run
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Packing:
             old = table.words[at]
             self.map.put(table.words, at, self.map.compressed_entry(place, len(packed)), 0)
             self.map.mark(offset, at, at + self.map.words)
-            self.writer.give_up_entry(old)
+            self.writer.give_up_entry(old, Cause.OTHER)
 
     async def _place(self, length: int) -> int:
         """Take `length` bytes for compressed data: behind the last ones, if there is room.

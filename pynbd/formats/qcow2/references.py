@@ -11,6 +11,7 @@ from array import array
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 
 from pynbd.block.errors import ImageError
+from pynbd.formats.qcow2.given_up import Cause
 from pynbd.formats.qcow2.image import Image
 from pynbd.formats.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK
 from pynbd.formats.qcow2.mapping import ClusterMapping
@@ -161,14 +162,18 @@ class References:
     async def take_back(self, l1: "array[int]") -> None:
         """The opposite of `add`, for something that failed; at worst clusters leak."""
         try:
-            await self.drop(l1)
+            await self.drop(l1, Cause.OTHER)
         except OSError as problem:
             log.error(
                 "%s: clusters leak, for something failed while something else was undone: %s", self.image.name, problem
             )
 
-    async def drop(self, l1: "array[int]") -> None:
+    async def drop(self, l1: "array[int]", cause: Cause) -> None:
         """An L1 table is gone from the disk: all that it led to loses a reference.
+
+        Args:
+            l1: its entries.
+            cause: why the data are given up.
 
         Raises:
             OSError: counts or tables can't be read; the rest leaks.
@@ -178,7 +183,10 @@ class References:
                 continue
             for number, (run, times) in enumerate(await self._runs(index, entry & OFFSET_MASK)):
                 for _ in range(times):
-                    await self.image.given_up.drop_references(run, structure=number == 0)
+                    if number:
+                        await self.image.given_up.drop_references(run, cause, structure=False)
+                    else:
+                        await self.image.given_up.drop_references(run, Cause.OTHER, structure=True)
             await self._relieve()
 
     async def _relieve(self) -> None:

@@ -8,6 +8,7 @@ from pynbd.block.errors import OptionError, unsupported
 from pynbd.block.options import MAX_SIZE_BYTES
 from pynbd.formats.qcow2 import layout
 from pynbd.formats.qcow2.active_l1 import grow_l1
+from pynbd.formats.qcow2.given_up import Cause
 from pynbd.formats.qcow2.header import build_fixed
 from pynbd.formats.qcow2.layout import COPIED, OFFSET_MASK, SUBCLUSTERS_ALL_ALLOCATED
 from pynbd.formats.qcow2.mapping import DATA, PACKED
@@ -47,7 +48,7 @@ async def _shrink(driver: "Qcow2", size: int) -> None:
         if not image.l1[l1_index] & OFFSET_MASK:
             continue
         await driver.writer.zeroing.forget(
-            round_up(max(start, size), cluster), min(start + reach, round_up(old, cluster))
+            round_up(max(start, size), cluster), min(start + reach, round_up(old, cluster)), Cause.CUT_OFF
         )
         if start >= size:
             image.drop_l2(l1_index)
@@ -149,7 +150,9 @@ async def make_empty(driver: "Qcow2") -> None:
             start = l1_index * reach
             if not entry & OFFSET_MASK or start >= driver.size:
                 continue
-            await driver.writer.zeroing.forget(start, min(start + reach, round_up(driver.size, cluster)))
+            await driver.writer.zeroing.forget(
+                start, min(start + reach, round_up(driver.size, cluster)), Cause.SNAPSHOT
+            )
             image.drop_l2(l1_index)
         await image.commit_all()
 

@@ -22,6 +22,7 @@ from pynbd.block.errors import BlockError, ImageError, io_error, unsupported
 from pynbd.block.permissions import Permission
 from pynbd.formats.qcow2 import layout
 from pynbd.formats.qcow2.active_l1 import replace_l1
+from pynbd.formats.qcow2.given_up import Cause
 from pynbd.formats.qcow2.layout import COPIED, OFFSET_MASK
 from pynbd.formats.qcow2.overlap import Kind
 from pynbd.formats.qcow2.refcounts import Run
@@ -235,7 +236,7 @@ class SnapshotStore:
                 raise
             image.l2.forget_all()
             self._content_changed()
-            await references.drop(old)
+            await references.drop(old, Cause.SNAPSHOT)
 
     def _content_changed(self) -> None:
         """The disk holds something else than before, and may have another size."""
@@ -252,11 +253,11 @@ class SnapshotStore:
         async with self._at_work(snapshot), in_doubt(image):
             l1 = await read_l1(image, snapshot)
             await self._write_entries([other for other in self.entries if other is not snapshot])
-            await references.drop(l1)
+            await references.drop(l1, Cause.SNAPSHOT)
             if snapshot.l1_size:
                 clusters = -(-snapshot.l1_size * 8 // image.cluster_size)
                 place = Run(snapshot.l1_table_offset >> image.cluster_bits, clusters)
-                await image.given_up.drop_references(place, structure=True)
+                await image.given_up.drop_references(place, Cause.SNAPSHOT, structure=True)
             shared = [index for index in references.tables() if index < len(l1) and l1[index] & OFFSET_MASK]
             await references.restore_copied(shared)
 
@@ -274,7 +275,7 @@ class SnapshotStore:
                 image.dirty_l1.add(index)
         await image.commit()
         await image.barrier()
-        await self.references.drop(gone)
+        await self.references.drop(gone, Cause.OVERWRITTEN)
 
     async def rewrite(self) -> None:
         """Write the table anew, with all that entries have in version 3."""
@@ -307,5 +308,5 @@ class SnapshotStore:
         # Should this fail, the new table keeps its place: either is good, whatever is on the disk.
         await image.change_fields(*POINTER, nb_snapshots=len(entries), snapshots_offset=offset)
         if old_count:
-            image.given_up.add(old_offset, len(build_table(self.entries)), structure=True)
+            image.given_up.add(old_offset, len(build_table(self.entries)), Cause.SNAPSHOT, structure=True)
         self.entries = list(entries)

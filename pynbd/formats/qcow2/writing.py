@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from pynbd.block.alignment import round_down, round_up
 from pynbd.block.errors import io_error
 from pynbd.block.requests import RequestTracker, TrackedRequest
+from pynbd.formats.qcow2.given_up import Cause
 from pynbd.formats.qcow2.layout import (
     COMPRESSED,
     COPIED,
@@ -313,14 +314,14 @@ class Writer:
                 zeroes = bitmap & SUBCLUSTERS_ALL_ZERO & ~(taken << SUBCLUSTERS)
                 words[index + 1] = zeroes | kept | taken
             if not owned:
-                self.give_up_entry(old)
+                self.give_up_entry(old, Cause.OVERWRITTEN)
         self.map.mark(low, at, at + (last - first) * words_each)
 
-    def give_up_entry(self, entry: int) -> None:
+    def give_up_entry(self, entry: int, cause: Cause) -> None:
         """What an L2 entry pointed to is not needed by it any more."""
         if entry & COMPRESSED:
             offset, length = self.map.compressed_place(entry)
-            self.image.given_up.add(offset, length)
+            self.image.given_up.add(offset, length, cause)
             self.driver.forget_unpacked()
         elif entry & OFFSET_MASK and not self.has_data_file:
-            self.image.given_up.add(entry & OFFSET_MASK, self.cluster)
+            self.image.given_up.add(entry & OFFSET_MASK, self.cluster, cause)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from pynbd.block.alignment import round_down, round_up
 from pynbd.block.errors import unsupported
 from pynbd.block.requests import RequestFlag
+from pynbd.formats.qcow2.given_up import Cause
 from pynbd.formats.qcow2.layout import COMPRESSED, OFFSET_MASK, SUBCLUSTERS, SUBCLUSTERS_ALL_ZERO, ZERO
 from pynbd.formats.qcow2.mapping import NOWHERE, ZEROES
 
@@ -154,11 +155,11 @@ class Zeroing:
         keep = bool(entry & OFFSET_MASK or (self.has_data_file and entry)) and not unmap and not entry & COMPRESSED
         # Also where nothing lies below: the image may come to lie over something else.
         if self.driver.header.version < 3:
-            await self._set_entry(offset, 0, 0, give_up=True)
+            await self._set_entry(offset, 0, 0, Cause.REQUEST)
         elif self.map.extended:
-            await self._set_entry(offset, entry if keep else 0, SUBCLUSTERS_ALL_ZERO, give_up=not keep)
+            await self._set_entry(offset, entry if keep else 0, SUBCLUSTERS_ALL_ZERO, None if keep else Cause.REQUEST)
         else:
-            await self._set_entry(offset, entry | ZERO if keep else ZERO, 0, give_up=not keep)
+            await self._set_entry(offset, entry | ZERO if keep else ZERO, 0, None if keep else Cause.REQUEST)
 
     async def _zero_subclusters(self, first: int, last: int) -> None:
         entry, bitmap = await self.map.entry(first)
@@ -166,20 +167,31 @@ class Zeroing:
             return  # written as data
         begin, until = first % self.cluster // self.unit, (last - 1) % self.cluster // self.unit + 1
         bits = ((1 << (until - begin)) - 1) << begin
-        await self._set_entry(first, entry, bitmap & ~bits | bits << SUBCLUSTERS, give_up=False)
+        await self._set_entry(first, entry, bitmap & ~bits | bits << SUBCLUSTERS, None)
 
-    async def _set_entry(self, offset: int, entry: int, bitmap: int, *, give_up: bool) -> None:
-        """Change the entry of one cluster, on which nobody else is at work."""
+    async def _set_entry(self, offset: int, entry: int, bitmap: int, given_up: Cause | None) -> None:
+        """Change the entry of one cluster, on which nobody else is at work.
+
+        Args:
+            offset: of the cluster on the disk.
+            entry, bitmap: what it becomes.
+            given_up: why the cluster that it has is given up; None if it is kept.
+        """
         if await self.map.entry(offset) == (entry, bitmap):
             return
         table, at = await self.map.writable(offset)
         old = table.words[at]
         self.map.put(table.words, at, entry, bitmap)
         self.map.mark(offset, at, at + self.map.words)
-        if give_up:
-            self.writer.give_up_entry(old)
+        if given_up is not None:
+            self.writer.give_up_entry(old, given_up)
 
     # --- discard -------------------------------------------------------------------------------------------
+
+    @property
+    def passes_requests(self) -> bool:
+        """Whether the file hears of what the guest discards."""
+        return Cause.REQUEST in self.image.given_up.passed
 
     async def discard(self, offset: int, length: int) -> None:
         """The bytes are not needed: whole clusters are given up and read as zeroes."""
@@ -197,10 +209,10 @@ class Zeroing:
                 stop = min(last, end)
                 if self.driver.header.data_file_raw:
                     await self.guest_file.write_zeroes(first, stop - first, MAY_UNMAP)
-                else:
+                elif self.passes_requests:
                     await self.guest_file.discard(first, stop - first)
         # Who discards much wants the space back now, not at some later flush.
-        if self.image.given_up.discard and self.image.given_up.bytes >= GIVEN_UP_BYTES:
+        if self.passes_requests and self.image.given_up.bytes >= GIVEN_UP_BYTES:
             await self.image.commit()
 
     async def _discard_cluster(self, offset: int) -> None:
@@ -208,11 +220,11 @@ class Zeroing:
         if not entry and not bitmap and "backing" not in self.driver.node.children:
             return
         if self.map.extended:
-            await self._set_entry(offset, 0, SUBCLUSTERS_ALL_ZERO, give_up=True)
+            await self._set_entry(offset, 0, SUBCLUSTERS_ALL_ZERO, Cause.REQUEST)
         else:
-            await self._set_entry(offset, ZERO if self.driver.header.version >= 3 else 0, 0, give_up=True)
+            await self._set_entry(offset, ZERO if self.driver.header.version >= 3 else 0, 0, Cause.REQUEST)
 
-    async def forget(self, first: int, last: int) -> None:
+    async def forget(self, first: int, last: int, cause: Cause) -> None:
         """Clusters [first, last) (bytes) hold nothing any more: the backing file shows through."""
         for start in range(first, last, self.cluster):
-            await self._set_entry(start, 0, 0, give_up=True)
+            await self._set_entry(start, 0, 0, cause)

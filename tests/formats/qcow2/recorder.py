@@ -45,6 +45,8 @@ class Recorder(Driver):
         """The writes since the last flush, oldest first: sector → what it held after it."""
         self.durable = bytearray()
         """What was there at the last flush."""
+        self.discards: list[tuple[int, int]] = []
+        """(offset, bytes) of all discards."""
         self.on_write: Callable[[], None] | None = None
         """Called after each write, also those in the middle of a flush of the nodes above."""
 
@@ -94,6 +96,7 @@ class Recorder(Driver):
         await self._wait()
         length = min(length, len(self.data) - offset)
         if length > 0:
+            self.discards.append((offset, length))
             self._put(offset, self.random.randbytes(length))  # nobody may count on what comes back
 
     async def flush_to_disk(self) -> None:
