@@ -2,7 +2,8 @@
 
 Source: `doc/uri.md` of the NetworkBlockDevice/nbd project, RFC 3986 (generic syntax) and RFC 6874 (IPv6 zones). The
 query parameters `tls-certificates`, `tls-psk-file` and `tls-username` are not in that document: they are what libnbd's
-tools understand (`tls-username` is a second spelling of the `user@` part).
+tools understand (`tls-username` is a second spelling of the `user@` part), and so are the schemes `nbd+vsock` and
+`nbds+vsock`, whose host is the number of a virtual machine.
 
 >>> uri = parse_uri("nbd://example.com/disk")
 >>> uri.host, uri.port, uri.export
@@ -23,7 +24,7 @@ import msgspec
 
 from nbd_protocol.constants import DEFAULT_PORT, MAX_STRING_BYTES
 
-Scheme = Literal["nbd", "nbds", "nbd+unix", "nbds+unix"]
+Scheme = Literal["nbd", "nbds", "nbd+unix", "nbds+unix", "nbd+vsock", "nbds+vsock"]
 TlsType = Literal["anon", "x509", "psk"]
 
 SCHEMES: Final[tuple[str, ...]] = get_args(Scheme)
@@ -32,6 +33,13 @@ TLS_TYPES: Final[tuple[str, ...]] = get_args(TlsType)
 MAX_URI_CHARACTERS: Final = 64 * 1024
 """Every field at its largest, percent-encoded, fits several times; more is no URI but an accident."""
 
+VSOCK_HOST_CID: Final = 2
+"""The number of the machine that runs the virtual ones (VMADDR_CID_HOST of vsock(7)), as these see it."""
+
+MAX_VSOCK_NUMBER: Final = (1 << 32) - 2
+"""CIDs and ports have 32 bits; all of them set means "any"."""
+
+_MAX_PORT_DIGITS: Final = 10
 _DEFAULT_HOST: Final = "localhost"
 _SPLIT: Final = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):(?://(?P<authority>[^/?#]*))?(?P<path>[^?#]*)(?:\?(?P<query>[^#]*))?"
@@ -41,6 +49,7 @@ _SPLIT: Final = re.compile(
 _AUTHORITY: Final = re.compile(
     r"(?:(?P<user>[^@]*)@)?(?:\[(?P<ipv6>[^\]]*)\]|(?P<host>[^\[\]:@]*))(?::(?P<port>[0-9]*))?"
 )
+_VSOCK_NUMBER: Final = re.compile(r"[0-9]{1,10}")
 _BAD_PERCENT: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
 # What RFC 3986 forbids anywhere in a URI unless it is percent-encoded, among ASCII. Other characters (IRIs, as people
 # type them) are taken as the UTF-8 they would have been encoded to.
@@ -59,9 +68,10 @@ class NbdUri(msgspec.Struct, frozen=True, kw_only=False):
     """Where an export is and how to reach it (doc/uri.md). `str()` makes the URI.
 
     Arguments:
-        scheme: `nbd`, `nbds` (TLS or nothing), `nbd+unix`, `nbds+unix`.
-        host: for TCP: a host name or an address, IPv6 without brackets; "" means localhost.
-        port: for TCP: 1…65535.
+        scheme: `nbd`, `nbds` (TLS or nothing), `nbd+unix`, `nbds+unix`, `nbd+vsock`, `nbds+vsock`.
+        host: for TCP: a host name or an address, IPv6 without brackets; "" means localhost. For vsock: a CID, which is
+            the number of a virtual machine, or of its host; "" means the host (2).
+        port: for TCP: 1…65535; for vsock: 0…2³²-2.
         socket_path: for the Unix schemes, and only for them; a leading NUL names an abstract socket.
         export: at most 4096 bytes of UTF-8, no NUL; "" is the server's default export.
         tls_username: for pre-shared keys.
@@ -96,7 +106,7 @@ class NbdUri(msgspec.Struct, frozen=True, kw_only=False):
         if self.is_unix:
             self._check_unix()
         else:
-            self._check_tcp()
+            self._check_host_and_port()
         _check_export(self.export)
         if self.tls_type is not None and self.tls_type not in TLS_TYPES:
             raise UriError(f"tls-type {self.tls_type!r} is none of {', '.join(TLS_TYPES)}")
@@ -110,9 +120,23 @@ class NbdUri(msgspec.Struct, frozen=True, kw_only=False):
         if self.host or self.port != DEFAULT_PORT:
             raise UriError(f"a {self.scheme} URI has no host and no port, found {self.host!r}, port {self.port}")
 
-    def _check_tcp(self) -> None:
+    def _check_host_and_port(self) -> None:
         if self.socket_path:
             raise UriError(f"socket={self.socket_path!r} belongs to nbd+unix and nbds+unix, not to {self.scheme}")
+        if self.is_vsock:
+            self._check_vsock()
+        else:
+            self._check_tcp()
+
+    def _check_vsock(self) -> None:
+        if not self.host:
+            msgspec.structs.force_setattr(self, "host", str(VSOCK_HOST_CID))
+        if not _VSOCK_NUMBER.fullmatch(self.host) or int(self.host) > MAX_VSOCK_NUMBER:
+            raise UriError(f"CID {self.host!r} is no number in 0…{MAX_VSOCK_NUMBER}")
+        if not 0 <= self.port <= MAX_VSOCK_NUMBER:
+            raise UriError(f"port {self.port} is not in 0…{MAX_VSOCK_NUMBER}")
+
+    def _check_tcp(self) -> None:
         if not 1 <= self.port <= 65535:
             raise UriError(f"port {self.port} is not in 1…65535")
         if not self.host:
@@ -139,15 +163,22 @@ class NbdUri(msgspec.Struct, frozen=True, kw_only=False):
         return self.scheme.endswith("+unix")
 
     @property
+    def is_vsock(self) -> bool:
+        """Whether the server is reached over a socket between virtual machines and their host."""
+        return self.scheme.endswith("+vsock")
+
+    @property
     def is_tls_required(self) -> bool:
-        """Whether the connection must fail if TLS cannot be negotiated (schemes `nbds` and `nbds+unix`)."""
+        """Whether the connection must fail if TLS cannot be negotiated (schemes that begin with `nbds`)."""
         return self.scheme.startswith("nbds")
 
     @property
     def address(self) -> str:
-        """What a person calls the server: `host:port`, `[ipv6]:port` or the path of the socket."""
+        """What a person calls the server: `host:port`, `[ipv6]:port`, `vsock:cid:port` or the path of the socket."""
         if self.is_unix:
             return self.socket_path.replace("\0", "@", 1)
+        if self.is_vsock:
+            return f"vsock:{self.host}:{self.port}"
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"
 
@@ -179,7 +210,8 @@ def is_uri(text: str) -> bool:
 def parse_uri(text: str) -> NbdUri:
     """The NbdUri that `text` says.
 
-    A missing port is 10809, a missing host of a TCP scheme is localhost, and the export is the path without its first
+    A missing port is 10809, a missing host of a TCP scheme is localhost, a missing CID of a vsock scheme is that of the
+    host, and the export is the path without its first
     slash, so that `nbd://host//disk` names the export `/disk`. `+` is a plus sign, never a blank.
 
     Raises UriError (a ValueError): the message has the part, what was found and what was allowed. Parameters that are
@@ -243,7 +275,7 @@ def _parse_authority(authority: str) -> tuple[str | None, str, int]:
     else:
         host = _decode("host", parts["host"])
     digits = parts["port"]
-    if digits and len(digits) > 5:
+    if digits and len(digits) > _MAX_PORT_DIGITS:
         raise UriError(f"port {digits} is not in 1…65535")
     return user, host, int(digits) if digits else DEFAULT_PORT
 

@@ -45,6 +45,8 @@ SCHEMES = {
     "nbds": "nbd",
     "nbd+unix": "nbd",
     "nbds+unix": "nbd",
+    "nbd+vsock": "nbd",
+    "nbds+vsock": "nbd",
 }
 """The driver of each URI scheme."""
 

@@ -9,7 +9,7 @@ from pynbd.block.errors import OptionError
 from pynbd.server.activation import Handed, take_sockets, take_standard_streams
 from pynbd.server.config import Config
 
-ADDRESSES = {"bind": "-b", "port": "-p", "socket": "-k"}
+ADDRESSES = {"bind": "-b", "port": "-p", "socket": "-k", "vsock": "--vsock"}
 """Arguments that say where to listen."""
 
 NOT_FOR_ONE = {**ADDRESSES, "run": "--run", "fork": "--fork", "shared": "-e"}

@@ -22,7 +22,7 @@ def greeting(service: Service, config: Config) -> list[str]:
         lines += title(export, config.exports[name])
         for uri in service.uris:
             lines += paste_lines(uri.with_export(name), read_only=export.read_only)
-    if any(parse_address(text).host in EVERY_ADDRESS and "unix:" not in text for text in config.server.listen):
+    if any(is_every_address(text) for text in config.server.listen):
         tls = service.server.tls
         if tls is None or tls.policy != "required" or not tls.credentials.wants_client_identity:
             who = "whoever reaches one can use these disks"
@@ -30,6 +30,12 @@ def greeting(service: Service, config: Config) -> list[str]:
             who = "whoever has a certificate that it believes can use these disks"
         lines += [f"It listens on every address of {socket.gethostname()}: {who}."]
     return lines
+
+
+def is_every_address(text: str) -> bool:
+    """Whether it is for all that this machine has in its networks."""
+    address = parse_address(text)
+    return address.host in EVERY_ADDRESS and not (address.path or address.is_vsock)
 
 
 def title(export: Export, wanted: ExportOptions) -> list[str]:
@@ -58,34 +64,47 @@ def paste_lines(uri: NbdUri, *, read_only: bool) -> list[str]:
 
     DIR is the folder of a client's certificates, and NAME what the server's is called, where no address tells it.
     """
-    server = ["-unix", uri.socket_path] if uri.is_unix else [uri.host, str(uri.port)]
-    client = ["nbd-client", *server, "/dev/nbd0"]
-    client += ["-N", uri.export] if uri.export else []
-    client += ["-R"] if read_only else []
     drive = f"file={in_option(str(uri))},format=raw"
     guest, image = ["qemu-system-x86_64"], ["qemu-img", "info"]
     place = [str(uri)]
+    if uri.is_vsock:
+        drive = f"driver=nbd,{server_options(uri)},export={in_option(uri.export)}"
+        place = ["--image-opts", drive]
     if uri.is_tls_required:
-        client += [f"-{name}file=DIR/{file}.pem" for name, file in CLIENT_FILES]
         objects = ["tls-creds-x509,id=tls0,endpoint=client,dir=DIR"]
         drive = f"driver=nbd,{server_options(uri)},export={in_option(uri.export)},tls-creds=tls0"
-        drive += ",tls-hostname=NAME" if uri.is_unix else ""
+        drive += ",tls-hostname=NAME" if uri.is_unix or uri.is_vsock else ""
         guest += ["-object", *objects]
         image += ["--object", *objects]
         place = ["--image-opts", drive]
     drive += ",if=virtio" + (",readonly=on" if read_only else "")
     return [
         f"  {uri}",
-        f"    Linux     {shlex.join(client)}",
+        f"    Linux     {shlex.join(kernel_line(uri, read_only=read_only))}",
         f"    QEMU      {shlex.join([*guest, '-drive', drive])}",
         f"    qemu-img  {shlex.join([*image, *place])}",
     ]
+
+
+def kernel_line(uri: NbdUri, *, read_only: bool) -> list[str]:
+    """What makes it a device of Linux; by vsock, which nbd-client does not know, a file that a loop device takes."""
+    if uri.is_vsock:
+        return ["nbdfuse", *(["-r"] if read_only else []), "DIR/disk", str(uri)]
+    server = ["-unix", uri.socket_path] if uri.is_unix else [uri.host, str(uri.port)]
+    client = ["nbd-client", *server, "/dev/nbd0"]
+    client += ["-N", uri.export] if uri.export else []
+    client += ["-R"] if read_only else []
+    if uri.is_tls_required:
+        client += [f"-{name}file=DIR/{file}.pem" for name, file in CLIENT_FILES]
+    return client
 
 
 def server_options(uri: NbdUri) -> str:
     """Where a server is, as options of QEMU's driver nbd."""
     if uri.is_unix:
         return f"server.type=unix,server.path={in_option(uri.socket_path)}"
+    if uri.is_vsock:
+        return f"server.type=vsock,server.cid={uri.host},server.port={uri.port}"
     return f"server.type=inet,server.host={in_option(uri.host)},server.port={uri.port}"
 
 

@@ -117,11 +117,15 @@ def _configured() -> list[ServerPlace]:
 def _place(address: Address, text: str) -> ServerPlace:
     from pynbd.block.errors import OptionError
     from pynbd.cli.server_place import ServerPlace
+    from pynbd.server.activation import VMADDR_CID_LOCAL
     from pynbd.storage.nbd.address import NbdPlace, ServerAddress
 
     if address.path:
         return ServerPlace(NbdPlace(server=ServerAddress(type="unix", path=address.path)), None)
     if address.port == 0:
         raise OptionError(f"{text}: the server takes any port there; give a URI to say which")
+    if address.is_vsock:
+        cid = VMADDR_CID_LOCAL if address.cid is None else address.cid
+        return ServerPlace(NbdPlace(server=ServerAddress(type="vsock", cid=cid, port=address.port)), None)
     host = HERE.get(address.host, address.host)
     return ServerPlace(NbdPlace(server=ServerAddress(type="inet", host=host, port=address.port)), None)

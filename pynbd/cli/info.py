@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s [OPTION…] [--json] [--size | --map[=CONTEXT] [--totals] | --list] URI"
     # Optional only because argparse gives a URI that follows a bare --map to --map.
     parser.add_argument(
-        "uri", metavar="URI", nargs="?", help="nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH"
+        "uri", metavar="URI", nargs="?", help="nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH …"
     )
     parser.add_argument("--json", action="store_true", help="tell it as JSON, with nbdinfo's names")
     what = parser.add_mutually_exclusive_group()

@@ -165,6 +165,13 @@ def _add_listen_arguments(group: Group) -> None:
         "-k", "--socket", action="append", default=[], metavar="PATH", help="Unix socket to listen on (repeatable)"
     )
     group.add_argument(
+        "--vsock",
+        action="append",
+        default=[],
+        metavar="[CID:]PORT",
+        help="vsock port to listen on, for virtual machines (repeatable; 0: any free one)",
+    )
+    group.add_argument(
         "--single",
         "--inetd",
         action="store_true",
@@ -195,7 +202,7 @@ class Rule(argparse.Action):
 
 
 def _add_access_arguments(group: Group) -> None:
-    patterns = "10.0.0.0/8, fd00::/8, unix, all, uid=USER, gid=GROUP, name=PATTERN, authz=ID"
+    patterns = "10.0.0.0/8, fd00::/8, unix, vsock:CID, all, uid=USER, gid=GROUP, name=PATTERN, authz=ID"
     for flag, policy, meaning in (
         (
             "--allow",

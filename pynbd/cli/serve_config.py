@@ -246,6 +246,7 @@ def listen_addresses(arguments: argparse.Namespace, config: Config, at_end: cont
     # Absolute, for that is how it is printed.
     addresses = [f"unix:{os.path.abspath(path)}" for path in arguments.socket]  # noqa: PTH100  # resolve() would follow links
     addresses += [_with_port(host, port) for host in hosts]
+    addresses += [f"vsock:{place}" for place in arguments.vsock]
     for address in addresses:
         configs.parse_address(address)
     if addresses or config.server.listen:

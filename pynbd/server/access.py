@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
 
+from nbd_protocol.uri import MAX_VSOCK_NUMBER
 from pynbd.block import options
 from pynbd.block.errors import OptionError
 from pynbd.block.objects import Objects
@@ -33,6 +34,7 @@ MAX_RULES = 1000
 """Rules of one list: each client is held against all of them."""
 
 EVERY_ADDRESS = ("all", "any")
+VSOCK = "vsock:"
 V4_MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")
 
 One = TypeVar("One", int | str, str)
@@ -45,7 +47,7 @@ class AccessRule(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forb
 
     Args:
         policy: what is done with whom it fits: `read-only` clients can't write.
-        address: `10.0.0.5`, `10.0.0.0/8`, `fd00::/8`; or `ipv4`, `ipv6`, `unix`, `vsock`; or `all`.
+        address: `10.0.0.5`, `10.0.0.0/8`, `fd00::/8`; `vsock:3`; or `ipv4`, `ipv6`, `unix`, `vsock`; or `all`.
         uid, gid: a user or a group of this machine, by number or by name, at a Unix socket.
         name: a pattern for the distinguished name of a certificate, or the user of a key, with `*`, `?` and `[…]`.
         authz: the object that says who it is about.
@@ -142,10 +144,12 @@ def _from(texts: tuple[str, ...]) -> Condition:
     """Whether a client comes from one of some addresses."""
     everybody = any(text in EVERY_ADDRESS for text in texts)
     by_unix, by_vsock = "unix" in texts, "vsock" in texts
-    networks = [network_of(text) for text in texts if text not in (*EVERY_ADDRESS, "unix", "vsock")]
+    cids = {cid_of(text) for text in texts if text.startswith(VSOCK)}
+    words = (*EVERY_ADDRESS, "unix", "vsock")
+    networks = [network_of(text) for text in texts if text not in words and not text.startswith(VSOCK)]
 
     def fits(visitor: Visitor) -> bool:
-        by_way = (by_unix and visitor.is_unix) or (by_vsock and visitor.is_vsock)
+        by_way = (by_unix and visitor.is_unix) or (by_vsock and visitor.cid is not None) or visitor.cid in cids
         return everybody or by_way or _is_in(visitor.address, networks)
 
     return fits
@@ -169,13 +173,26 @@ def network_of(text: str) -> IpNetwork:
             meant = ipaddress.ip_network(text, strict=False)
         except ValueError:
             raise OptionError(
-                f"address: {text!r} is none; write 10.0.0.5, 10.0.0.0/8, fd00::/8, ipv4, ipv6, unix, vsock or all"
+                f"address: {text!r} is none; write 10.0.0.5, 10.0.0.0/8, fd00::/8, vsock:3, ipv4, ipv6, unix, vsock "
+                "or all"
             ) from problem
         raise OptionError(f"address: {text!r} has bits beyond its prefix; the network is {str(meant)!r}") from problem
     if isinstance(network, ipaddress.IPv6Network) and network.subnet_of(V4_MAPPED):
         inside = network.network_address.ipv4_mapped
         return ipaddress.ip_network(f"{inside}/{network.prefixlen - V4_MAPPED.prefixlen}")
     return network
+
+
+def cid_of(text: str) -> int:
+    """The number of a virtual machine, or of its host, from `vsock:3`.
+
+    Raises:
+        OptionError: it is none.
+    """
+    number = text.removeprefix(VSOCK)
+    if not is_number(number) or int(number) > MAX_VSOCK_NUMBER:
+        raise OptionError(f"address: {text!r}: {number!r} is no CID (0 to {MAX_VSOCK_NUMBER})")
+    return int(number)
 
 
 def uid_of(user: int | str) -> int:

@@ -7,10 +7,13 @@ many there are, `LISTEN_PID` for whom they are, `LISTEN_FDNAMES` what they are c
 
 import contextlib
 import errno
+import fcntl
 import os
 import socket
 import stat
+import struct
 from collections.abc import Iterator, MutableMapping
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -29,6 +32,12 @@ FAMILIES: Final = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX, socket.AF_VS
 
 EVERY_ADDRESS: Final = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # compared with, not bound to
 """Addresses that stand for all of this machine's, and how it reaches itself."""
+
+VMADDR_CID_LOCAL: Final = 1
+"""The machine itself (vsock(7)); the module `socket` has no name for it before Python 3.14."""
+
+LOCAL_CID: Final = struct.Struct("=I")
+"""What the kernel answers to the question for it."""
 
 VARIABLES: Final = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 
@@ -169,8 +178,24 @@ def uri_at(sock: socket.socket, *, tls: bool) -> NbdUri | None:
         path = os.fsdecode(place)
         return NbdUri("nbds+unix" if tls else "nbd+unix", socket_path=path) if path else None
     if sock.family == socket.AF_VSOCK:
-        return None
+        cid, port = place
+        cid = local_cid() if cid == socket.VMADDR_CID_ANY else cid
+        return NbdUri("nbds+vsock" if tls else "nbd+vsock", host=str(cid), port=port)
     return NbdUri("nbds" if tls else "nbd", host=reachable(place[0]), port=place[1])
+
+
+def local_cid() -> int:
+    """The number by which this machine is known to those that reach it by vsock(7).
+
+    That is 2 where it runs virtual machines, its own where it is one, and else 1, which is to each the machine itself.
+    """
+    try:
+        with Path("/dev/vsock").open("rb") as device:
+            raw = fcntl.ioctl(device, socket.IOCTL_VM_SOCKETS_GET_LOCAL_CID, bytes(LOCAL_CID.size))
+    except OSError:
+        return VMADDR_CID_LOCAL
+    (cid,) = LOCAL_CID.unpack(raw)
+    return VMADDR_CID_LOCAL if cid == socket.VMADDR_CID_ANY else int(cid)
 
 
 def reachable(host: str) -> str:

@@ -35,6 +35,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from nbd_protocol.constants import DEFAULT_PORT
+from nbd_protocol.uri import MAX_VSOCK_NUMBER
 from pynbd.block import options
 from pynbd.block.errors import OptionError
 from pynbd.server.access import AccessRule
@@ -61,6 +62,8 @@ HOST_AND_PORT = re.compile(
 )
 """An address; what has two colons and no brackets is one of IPv6 without a port."""
 
+VSOCK_ADDRESS = re.compile(r"vsock:(?:(?P<cid>[0-9]{0,10}):)?(?P<port>[0-9]{1,10})")
+
 TOML_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 CacheMode = Literal["none", "writeback", "writethrough", "directsync", "unsafe"]
@@ -70,7 +73,7 @@ class ListenOptions(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """Where a server listens, and how many clients it takes.
 
     Args:
-        listen: addresses: `HOST:PORT`, `[V6]:PORT`, `HOST`, `unix:PATH`.
+        listen: addresses: `HOST:PORT`, `[V6]:PORT`, `HOST`, `unix:PATH`, `vsock:PORT`, `vsock:CID:PORT`.
         max_clients: clients at one time, 0 for the default.
         structured_replies, extended_headers: whether these framings are offered.
         payload_memory: for payloads of all clients together, in bytes.
@@ -160,24 +163,28 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Address(msgspec.Struct, frozen=True):
-    """One place to listen: a Unix socket's path, or a host and a port."""
+    """One place to listen: a Unix socket's path, or a host and a port, or a CID (None: any of ours) and a port."""
 
     host: str = ""
     port: int = DEFAULT_PORT
     path: str = ""
+    is_vsock: bool = False
+    cid: int | None = None
 
 
 def parse_address(text: str) -> Address:
-    """An address from `HOST:PORT`, `[V6]:PORT`, `HOST`, `:PORT` or `unix:PATH`.
+    """An address from `HOST:PORT`, `[V6]:PORT`, `HOST`, `:PORT`, `unix:PATH`, `vsock:PORT` or `vsock:CID:PORT`.
 
     Raises:
         OptionError: it is none of them.
     """
     if text.startswith("unix:"):
         return Address(path=_socket_path(text.removeprefix("unix:")))
+    if text.startswith("vsock:"):
+        return _vsock_address(text)
     parts = HOST_AND_PORT.fullmatch(text)
     if parts is None:
-        raise OptionError(f"{text!r} is no address: write HOST:PORT, [V6]:PORT, HOST, :PORT or unix:PATH")
+        raise OptionError(f"{text!r} is no address: write HOST:PORT, [V6]:PORT, HOST, :PORT, unix:PATH or vsock:PORT")
     host = parts["bracketed"] or parts["bare_v6"] or parts["host"] or ""
     port = parts["port"]
     if port is None:
@@ -185,6 +192,18 @@ def parse_address(text: str) -> Address:
     if not (port.isascii() and port.isdecimal() and len(port) <= 5 and int(port) <= MAX_PORT):
         raise OptionError(f"{text!r}: {port!r} is no port (0 to {MAX_PORT})")
     return Address(host=host, port=int(port))
+
+
+def _vsock_address(text: str) -> Address:
+    """A place to listen from `vsock:PORT`, `vsock::PORT` or `vsock:CID:PORT`.
+
+    Raises:
+        OptionError: it is none.
+    """
+    parts = VSOCK_ADDRESS.fullmatch(text)
+    if parts is None or max(int(parts["cid"] or 0), int(parts["port"])) > MAX_VSOCK_NUMBER:
+        raise OptionError(f"{text!r}: write vsock:PORT or vsock:CID:PORT, numbers from 0 to {MAX_VSOCK_NUMBER}")
+    return Address(port=int(parts["port"]), is_vsock=True, cid=int(parts["cid"]) if parts["cid"] else None)
 
 
 def _socket_path(path: str) -> str:

@@ -185,6 +185,32 @@ class NbdServer:
             raise OSError(problem.errno, f"can't listen on {path}: {problem.strerror or problem}") from problem
         self._unlink.append((Path(path), Path(path).stat().st_ino))
 
+    def listen_vsock(self, cid: int | None, port: int) -> socket.socket:
+        """Listen to virtual machines, or as one to its host.
+
+        Args:
+            cid: which of this machine's numbers must be meant; None: any. 1 is for this machine alone.
+            port: 0 takes any free one.
+
+        Returns:
+            the socket; it is closed with the server.
+
+        Raises:
+            OSError: the kernel has no vsock, or the number is not this machine's, or the port is in use.
+        """
+        try:
+            sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+        except OSError as problem:
+            raise OSError(problem.errno, f"can't listen on vsock: {problem.strerror}") from problem
+        try:
+            sock.bind((socket.VMADDR_CID_ANY if cid is None else cid, port or socket.VMADDR_PORT_ANY))
+            self.listen_on(sock)
+        except OSError as problem:
+            sock.close()
+            where = f"vsock:{'' if cid is None else cid}:{port}"
+            raise OSError(problem.errno, f"can't listen on {where}: {problem.strerror}") from problem
+        return sock
+
     def listen_on(self, sock: socket.socket) -> None:
         """Listen at a socket that is bound; it is closed with the server."""
         sock.setblocking(False)

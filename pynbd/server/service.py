@@ -167,6 +167,11 @@ class Service:
                 self.server.listen_unix(address.path)
                 self.uris.append(NbdUri("nbds+unix" if secure else "nbd+unix", socket_path=address.path))
                 continue
+            if address.is_vsock:
+                uri = uri_at(self.server.listen_vsock(address.cid, address.port), tls=secure)
+                assert uri is not None
+                self.uris.append(uri)
+                continue
             try:
                 bound = await self.server.listen_tcp(address.host, address.port)
             except socket.gaierror as problem:

@@ -35,7 +35,7 @@ class Visitor(msgspec.Struct):
         uid: the user at the other end of a Unix socket, when it connected.
         gids: that user's groups.
         is_unix: it comes by a Unix socket.
-        is_vsock: it comes from a virtual machine, or its host.
+        cid: the number of the virtual machine it comes from, or of its host (vsock(7)), None if not by vsock.
         name: what TLS has proved: the distinguished name of a certificate, or the user of a key; "" if nothing.
     """
 
@@ -45,7 +45,7 @@ class Visitor(msgspec.Struct):
     uid: int | None = None
     gids: frozenset[int] = frozenset()
     is_unix: bool = False
-    is_vsock: bool = False
+    cid: int | None = None
     name: str = ""
 
     def __str__(self) -> str:
@@ -72,7 +72,7 @@ def visitor_at(sock: socket.socket, address: object) -> Visitor:
         return Visitor(label, key=f"uid {uid}", uid=uid, gids=frozenset({gid, *groups_of(sock)}), is_unix=True)
     if sock.family == socket.AF_VSOCK and isinstance(address, tuple):
         cid, port = address
-        return Visitor(f"vsock:{cid}:{port}", key=f"vsock {cid}", is_vsock=True)
+        return Visitor(f"vsock:{cid}:{port}", key=f"vsock {cid}", cid=cid)
     return Visitor(str(address) or f"socket#{sock.fileno()}", key=str(sock.family))
 
 

@@ -36,7 +36,7 @@ PROGRAMS = {
 MODULES_AT_BOOT = ("virtio_pci", "virtio_net", "virtio_blk", "virtio_scsi", "sd_mod", "crc32c_generic")
 """ext4 asks for crc32c by a soft dependency that modules.dep does not have."""
 
-MODULES = ("nbd", "ext4", "xfs", "btrfs")
+MODULES = ("nbd", "ext4", "xfs", "btrfs", "9p", "9pnet_virtio", "vsock_loopback")
 """In the guest for `modprobe`; the kernel loads a filesystem by itself when it is mounted."""
 
 COPIED_FILES = ("/etc/mke2fs.conf",)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import string
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbd_protocol.uri import NbdUri, UriError, is_uri, parse_uri
+from nbd_protocol.uri import MAX_VSOCK_NUMBER, NbdUri, Scheme, UriError, is_uri, parse_uri
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,29 @@ def test_unix_sockets() -> None:
     assert parse_uri("nbd+unix://?socket=s").socket_path == "s"
 
 
+@pytest.mark.parametrize(
+    ("text", "host", "port", "again"),
+    [
+        ("nbd+vsock://", "2", 10809, "nbd+vsock://2/"),
+        ("nbd+vsock:///disk", "2", 10809, "nbd+vsock://2/disk"),
+        ("nbd+vsock://1", "1", 10809, "nbd+vsock://1/"),
+        ("nbds+vsock://3:5/x", "3", 5, "nbds+vsock://3:5/x"),
+        ("nbd+vsock://:5/", "2", 5, "nbd+vsock://2:5/"),
+        ("nbd+vsock://4294967294:4294967294/", "4294967294", 4294967294, "nbd+vsock://4294967294:4294967294/"),
+        ("nbd+vsock://3:0/", "3", 0, "nbd+vsock://3:0/"),
+    ],
+)
+def test_vsock(text: str, host: str, port: int, again: str) -> None:
+    """A missing CID is the host's, as libnbd has it."""
+    uri = parse_uri(text)
+    assert (uri.host, uri.port, str(uri)) == (host, port, again)
+    assert uri.is_vsock
+    assert not uri.is_unix
+    assert uri.is_tls_required == text.startswith("nbds")
+    assert uri.address == f"vsock:{host}:{port}"
+    assert is_uri(text)
+
+
 def test_abstract_socket_begins_with_nul() -> None:
     uri = parse_uri("nbd+unix:///?socket=%00/abstract")
     assert uri.socket_path == "\0/abstract"
@@ -102,7 +126,7 @@ def test_address_of_ipv6_has_brackets() -> None:
     [
         ("", "no scheme"),
         ("disk.qcow2", "no scheme"),
-        ("http://h/x", "scheme 'http' .* none of nbd, nbds, nbd\\+unix, nbds\\+unix"),
+        ("http://h/x", "scheme 'http' .* none of nbd, nbds, nbd\\+unix, nbds\\+unix, nbd\\+vsock"),
         ("nbd:disk", "after nbd: comes //"),
         ("nbd://h/x#y", "fragment"),
         ("nbd://h/a b", "' ' at character 9 .* percent-encoded"),
@@ -116,6 +140,11 @@ def test_address_of_ipv6_has_brackets() -> None:
         ("nbd://h:0/", "port 0 is not in"),
         ("nbd://h:65536/", "port 65536 is not in"),
         ("nbd://h:100000000000000000000/", "is not in"),
+        ("nbd+vsock://localhost/", "CID 'localhost' is no number in 0…4294967294"),
+        ("nbd+vsock://[::1]/", "CID '::1' is no number"),
+        ("nbd+vsock://4294967295/", "CID '4294967295' is no number in"),
+        ("nbd+vsock://3:4294967295/", "port 4294967295 is not in 0…4294967294"),
+        ("nbd+vsock://3/?socket=/s", "belongs to nbd\\+unix"),
         ("nbd://h:x/", "is not \\[user@\\]host\\[:port\\]"),
         ("nbd://::1/", "IPv6 address is written in \\[brackets\\]"),
         ("nbd://[::1/", "brackets"),
@@ -162,6 +191,7 @@ def test_contradicting_parts_are_refused_when_made_too() -> None:
         "nbd://example.com:10810/",
         "nbd://[fe80::1%25eth0]:5/x",
         "nbd+unix:///disk?socket=/run/sock",
+        "nbds+vsock://3/disk?tls-hostname=real.name",
         "nbds://alice@h/x?tls-type=psk&tls-hostname=real.name&tls-certificates=/c&tls-psk-file=/k&tls-verify-peer=0",
     ],
 )
@@ -172,6 +202,7 @@ def test_canonical_uris_come_back_unchanged(text: str) -> None:
 def test_is_uri() -> None:
     assert is_uri("nbd://h")
     assert is_uri("NBDS+UNIX:///x?socket=s")
+    assert is_uri("nbd+vsock://")
     assert not is_uri("disk.raw")
     assert not is_uri("nbd")
     assert not is_uri("nbd:unix:/run/sock")
@@ -188,13 +219,24 @@ _host = st.one_of(
 )
 
 
+_number = st.integers(0, MAX_VSOCK_NUMBER)
+_place = {
+    "": (_host, st.integers(1, 65535)),
+    "+unix": (st.just(""), st.just(10809)),
+    "+vsock": (_number.map(str), _number),
+}
+
+
 @st.composite
 def _uris(draw: st.DrawFn) -> NbdUri:
-    unix = draw(st.booleans())
+    scheme = draw(st.sampled_from(get_args(Scheme)))
+    way = scheme.removeprefix("nbds").removeprefix("nbd")
+    unix = way == "+unix"
+    host, port = _place[way]
     return NbdUri(
-        draw(st.sampled_from(("nbd+unix", "nbds+unix") if unix else ("nbd", "nbds"))),
-        host="" if unix else draw(_host),
-        port=10809 if unix else draw(st.integers(1, 65535)),
+        scheme,
+        host=draw(host),
+        port=draw(port),
         socket_path=draw(st.sampled_from(("", "\0"))) + draw(_some_text) if unix else "",
         export=draw(_text),
         tls_username=draw(st.none() | _text),
@@ -216,7 +258,7 @@ def test_made_uris_read_back(uri: NbdUri) -> None:
 
 
 @settings(deadline=None)
-@given(st.text(max_size=60) | st.from_regex(r"nbds?(\+unix)?://[\x20-\x7f]{0,40}", fullmatch=True))
+@given(st.text(max_size=60) | st.from_regex(r"nbds?(\+unix|\+vsock)?://[\x20-\x7f]{0,40}", fullmatch=True))
 def test_any_text_is_parsed_or_refused(text: str) -> None:
     try:
         uri = parse_uri(text)

@@ -29,6 +29,7 @@ RULE_TEXTS = [
 ]
 
 UNIX = Visitor("unix#3", uid=1000, gids=frozenset({100, 27}), is_unix=True)
+GUEST = Visitor("vsock:3:5", cid=3)
 ALICE = Visitor("10.0.0.5:1", address=plain_address("10.0.0.5"), name="CN=alice,O=Example")
 
 
@@ -63,8 +64,15 @@ def test_a_network_is_the_same_inside_of_ipv6(
         ("all", UNIX, True),
         ("ipv4", UNIX, False),
         ("vsock", UNIX, False),
-        ("vsock", Visitor("vsock:3:5", is_vsock=True), True),
-        ("unix", Visitor("vsock:3:5", is_vsock=True), False),
+        ("vsock", GUEST, True),
+        ("all", GUEST, True),
+        ("unix", GUEST, False),
+        ("ipv4", GUEST, False),
+        ("uid=3", GUEST, False),
+        ("vsock:3", GUEST, True),
+        ("vsock:4", GUEST, False),
+        ("address.0=vsock:4,address.1=vsock:3", GUEST, True),
+        ("vsock:0", UNIX, False),
         ("uid=1000", UNIX, True),
         ("uid=1001", UNIX, False),
         ("uid.0=7,uid.1=1000", UNIX, True),
@@ -121,6 +129,9 @@ def test_whom_no_rule_fits() -> None:
         ("example.com", "write 10.0.0.5, 10.0.0.0/8"),
         ("10.0.0", "write 10.0.0.5"),
         ("10.0.0.0/33", "write 10.0.0.5"),
+        ("vsock:", "'' is no CID"),
+        ("vsock:host", "'host' is no CID"),
+        ("vsock:4294967295", "'4294967295' is no CID .0 to 4294967294."),
         ("uid=nobody-of-that-name", "this machine has no user 'nobody-of-that-name'"),
         ("gid=nobody-of-that-name", "this machine has no group"),
         ("uid=4294967295", "no number of a user"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pynbd.block.errors import BlockError
-from pynbd.server.activation import handed_over, take_sockets, uri_at
+from pynbd.server.activation import handed_over, local_cid, take_sockets, uri_at
 
 PID = 1234
 
@@ -103,3 +103,18 @@ def test_how_a_listener_is_reached() -> None:
         assert str(uri_at(abstract, tls=False)) == f"nbd+unix:///?socket=%00pynbd%20test%20{os.getpid()}"
     with socket.create_server(("::", 0), family=socket.AF_INET6) as everywhere:
         assert str(uri_at(everywhere, tls=True)) == f"nbds://[::1]:{everywhere.getsockname()[1]}/"
+
+
+def test_how_a_listener_at_vsock_is_reached() -> None:
+    """Who listens for all numbers of this machine is reached by the one that its kernel tells, if there are any."""
+    try:
+        everywhere = socket.socket(socket.AF_VSOCK)
+    except OSError as problem:
+        pytest.skip(f"this kernel has no vsock: {problem}")
+    with everywhere:
+        try:
+            everywhere.bind((socket.VMADDR_CID_ANY, socket.VMADDR_PORT_ANY))
+        except OSError as problem:
+            pytest.skip(f"this kernel lets nobody listen at vsock: {problem}")
+        assert str(uri_at(everywhere, tls=True)) == f"nbds+vsock://{local_cid()}:{everywhere.getsockname()[1]}/"
+        assert 1 <= local_cid() < socket.VMADDR_CID_ANY

@@ -42,6 +42,10 @@ from pynbd.server.limits import ClientLimits
         ("::1", Address("::1", 10809)),
         ("fe80::1%eth0", Address("fe80::1%eth0", 10809)),
         ("unix:/run/x.sock", Address(path="/run/x.sock")),
+        ("vsock:10809", Address(port=10809, is_vsock=True)),
+        ("vsock::10809", Address(port=10809, is_vsock=True)),
+        ("vsock:3:0", Address(port=0, is_vsock=True, cid=3)),
+        ("vsock:0:4294967294", Address(port=4294967294, is_vsock=True, cid=0)),
         ("unix:a:1", Address(path="a:1")),
         ("unix:" + "x" * MAX_SOCKET_PATH_BYTES, Address(path="x" * MAX_SOCKET_PATH_BYTES)),
     ],
@@ -64,6 +68,12 @@ def test_addresses(text: str, address: Address) -> None:
         ("unix:" + "x" * (MAX_SOCKET_PATH_BYTES + 1), "this one has 108"),
         ("unix:" + "ä" * 54, "this one has 108"),
         ("unix:\udcff", "must be UTF-8"),
+        ("vsock:", "write vsock:PORT or vsock:CID:PORT"),
+        ("vsock:host:1", "write vsock:PORT or vsock:CID:PORT"),
+        ("vsock:3:", "write vsock:PORT"),
+        ("vsock:٣", "write vsock:PORT"),
+        ("vsock:4294967295", "numbers from 0 to 4294967294"),
+        ("vsock:4294967295:1", "numbers from 0 to 4294967294"),
     ],
 )
 def test_wrong_addresses(text: str, said: str) -> None:

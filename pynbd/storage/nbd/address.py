@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from nbd_protocol.constants import DEFAULT_PORT
-from nbd_protocol.uri import NbdUri, UriError, parse_uri
+from nbd_protocol.uri import MAX_VSOCK_NUMBER, NbdUri, UriError, parse_uri
 from pynbd.block import options as opt
 from pynbd.block.errors import OptionError
 from pynbd.block.options import NodeOptions
@@ -17,7 +17,10 @@ from pynbd.block.options import NodeOptions
 SOCKET_BUFFER_BYTES = 4 << 20
 """What is asked of the kernel for each direction; it gives as much as its limits allow."""
 
-Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+MAX_TCP_PORT = 65535
+
+Port = Annotated[int, msgspec.Meta(ge=1, le=MAX_TCP_PORT)]
+VsockNumber = Annotated[int, msgspec.Meta(ge=0, le=MAX_VSOCK_NUMBER)]
 
 _LEGACY = re.compile(
     r"nbd:(?:unix:(?P<path>.*?)|(?:\[(?P<ipv6>[^\]]*)\]|(?P<host>[^:\[\]]*)):(?P<port>[^:]*))"
@@ -30,29 +33,39 @@ class ServerAddress(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", f
     """Where a server listens; QEMU's `SocketAddress`.
 
     Args:
-        type: `inet` (TCP) or `unix`.
+        type: `inet` (TCP), `unix`, or `vsock`, between virtual machines and the machine that runs them.
         host: for inet: a name or an address, IPv6 without brackets; "" is localhost.
-        port: for inet.
+        port: for inet and vsock.
         path: for unix: the socket's path; a leading NUL names an abstract socket.
+        cid: for vsock: the number of the machine: 2 is the one that runs us, 1 ourselves, others run below us.
     """
 
-    type: Literal["inet", "unix"]
+    type: Literal["inet", "unix", "vsock"]
     host: str = ""
-    port: Port = DEFAULT_PORT
+    port: VsockNumber = DEFAULT_PORT
     path: str = ""
+    cid: VsockNumber | None = None
 
     def __post_init__(self) -> None:
         if self.type == "unix" and not self.path:
             raise ValueError("a server of type 'unix' needs its path")
-        if self.type == "unix" and (self.host or self.port != DEFAULT_PORT):
-            raise ValueError("a server of type 'unix' has a path, and neither host nor port")
-        if self.type == "inet" and self.path:
-            raise ValueError("a server of type 'inet' has host and port, and no path")
+        if self.type == "unix" and (self.host or self.port != DEFAULT_PORT or self.cid is not None):
+            raise ValueError("a server of type 'unix' has a path, and no host, port and cid")
+        if self.type == "inet" and (self.path or self.cid is not None):
+            raise ValueError("a server of type 'inet' has host and port, and no path and cid")
+        if self.type == "inet" and not 1 <= self.port <= MAX_TCP_PORT:
+            raise ValueError(f"port {self.port} is not in 1 to {MAX_TCP_PORT}")
+        if self.type == "vsock" and (self.path or self.host):
+            raise ValueError("a server of type 'vsock' has cid and port, and no path and host")
+        if self.type == "vsock" and self.cid is None:
+            raise ValueError("a server of type 'vsock' needs its cid")
 
     def uri(self, export: str, *, tls: bool = False) -> NbdUri:
         """The URI of one of its exports."""
         if self.type == "unix":
             return NbdUri("nbds+unix" if tls else "nbd+unix", socket_path=self.path, export=export)
+        if self.type == "vsock":
+            return NbdUri("nbds+vsock" if tls else "nbd+vsock", host=str(self.cid), port=self.port, export=export)
         return NbdUri("nbds" if tls else "nbd", host=self.host, port=self.port, export=export)
 
     def __str__(self) -> str:
@@ -141,8 +154,8 @@ def parse_name(name: str) -> dict[str, Any]:
     """The options that a name stands for: `server`, `export`, and what it says of TLS.
 
     Args:
-        name: an NBD URI (`nbd://host:port/export`, `nbd+unix:///export?socket=path`), or what QEMU took before
-            there were URIs: `nbd:HOST:PORT[:exportname=NAME]`, `nbd:unix:PATH[:exportname=NAME]`.
+        name: an NBD URI (`nbd://host:port/export`, `nbd+unix:///export?socket=path`, `nbd+vsock://cid:port/export`), or
+            what QEMU took before there were URIs: `nbd:HOST:PORT[:exportname=NAME]`, `nbd:unix:PATH[:exportname=NAME]`.
 
     Raises:
         OptionError: it is neither, or it asks for TLS in a way that there is not.
@@ -156,6 +169,8 @@ def parse_name(name: str) -> dict[str, Any]:
     server: dict[str, Any] = {"type": "inet", "host": uri.host, "port": uri.port}
     if uri.is_unix:
         server = {"type": "unix", "path": uri.socket_path}
+    elif uri.is_vsock:
+        server = {"type": "vsock", "cid": int(uri.host), "port": uri.port}
     return {"server": server, "export": uri.export, **_tls_options(uri, name)}
 
 
@@ -174,7 +189,9 @@ def _tls_options(uri: NbdUri, name: str) -> dict[str, Any]:
         raise OptionError(f"{name}: tls-type=psk and tls-psk-file go together, and no certificates with them")
     if not uri.is_tls_required:
         if said or uri.tls_type:
-            raise OptionError(f"{name}: {next(iter(said), 'tls-type')} belongs to nbds:// and nbds+unix://")
+            raise OptionError(
+                f"{name}: {next(iter(said), 'tls-type')} belongs to nbds://, nbds+unix:// and nbds+vsock://"
+            )
         return {}
     return {"tls": True, **said}
 
@@ -220,6 +237,8 @@ async def connect_socket(address: ServerAddress) -> socket.socket:
     try:
         if address.type == "unix":
             return await _connected(socket.AF_UNIX, address.path)
+        if address.type == "vsock":
+            return await _connected(socket.AF_VSOCK, (address.cid, address.port))
         return await _connect_tcp(address)
     except OSError as problem:
         reason = os.strerror(problem.errno) if problem.errno and problem.errno > 0 else problem.strerror or str(problem)

@@ -21,6 +21,7 @@ from nbd_protocol.constants import (
     TransmissionFlag,
 )
 from nbd_protocol.negotiation_events import Established
+from nbd_protocol.uri import SCHEMES
 from pynbd.block import errors
 from pynbd.block.alignment import round_down
 from pynbd.block.driver import Driver, ImageInfo, Preallocation
@@ -94,7 +95,7 @@ class NbdOptions(NbdPlace, frozen=True, kw_only=True):
 class Nbd(Driver):
     """An export of an NBD server."""
 
-    schemes: ClassVar[tuple[str, ...]] = ("nbd", "nbds", "nbd+unix", "nbds+unix")
+    schemes: ClassVar[tuple[str, ...]] = tuple(SCHEMES)
     Options: ClassVar[type[NodeOptions]] = NbdOptions
     options: NbdOptions
 

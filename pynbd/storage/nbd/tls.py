@@ -66,6 +66,6 @@ def client_tls(place: NbdPlace, objects: Objects) -> ClientTls | None:
         )
         credentials = TlsCredsX509(described, objects)
     address = place.address()
-    # Over a Unix socket there is no name to be wrong about, unless one is given.
+    # Over a Unix socket or vsock there is no name to be wrong about, unless one is given.
     named = (address.host or "localhost").partition("%")[0] if address.type == "inet" else None
     return ClientTls(credentials, place.tls_hostname or named)
