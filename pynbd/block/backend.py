@@ -13,7 +13,7 @@ from time import perf_counter_ns
 from typing import TypeVar
 
 from pynbd.block.child import Child
-from pynbd.block.driver import Location, Preallocation
+from pynbd.block.driver import HostWriter, Location, Preallocation
 from pynbd.block.errors import io_error
 from pynbd.block.extents import ChainExtent, Status
 from pynbd.block.node import Node, not_now, nowhere
@@ -382,6 +382,39 @@ class BlockBackend:
                 await edge.write(offset, data, flags)
 
         await self._run(Operation.WRITE, offset, len(data), start, writes=True)
+
+    async def write_by(self, offset: int, length: int, writer: HostWriter) -> int:
+        """Let somebody else put bytes where they are to lie in an open file, as far as that is possible.
+
+        Args:
+            offset, length: the range, in bytes.
+            writer: see `HostWriter`. It may be one of many threads', and must not touch the graph.
+
+        Returns:
+            how many bytes from `offset` on are written now; `write` is for the others.
+
+        Raises:
+            OSError: what the file said. Any part may have been written then.
+        """
+        edge = self.root
+        if not (self._ready and self.write_cache) or edge is None or not edge.may_write:
+            return 0
+        if offset < 0 or offset + length > edge.node.driver.size:
+            return 0  # `write` tells what is wrong
+        started = perf_counter_ns()
+        self.in_flight += 1
+        try:
+            done = await edge.write_by(offset, length, writer)
+        except Exception as problem:
+            if self._failed(problem, Operation.WRITE) is ErrorPolicy.REPORT:
+                raise
+            return 0
+        else:
+            if done:
+                self.statistics.account(Operation.WRITE, 1, done, perf_counter_ns() - started)
+            return done
+        finally:
+            self._left()
 
     async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
         """Make a range read as zeroes; with `MAY_UNMAP` its space may be given back.

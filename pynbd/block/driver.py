@@ -22,7 +22,7 @@ The contract:
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -54,6 +54,13 @@ class Location(NamedTuple):
     host_offset: int
     length: int
     flags: int = os.RWF_NOWAIT
+
+
+HostWriter = Callable[[int, int, int, bool], int]
+"""Puts bytes into an open file, in a thread: `(fd, host_offset, length, fresh)`; `fresh` says that the place reads as
+zeroes. Gives how many bytes it has put there, from the first one on; behind them it has written nothing. What the
+file says against it, it raises.
+"""
 
 
 class Preallocation(Enum):
@@ -279,6 +286,24 @@ class Driver:
         """
         return False
 
+    async def write_by(self, offset: int, length: int, writer: HostWriter) -> int:
+        """Let somebody else put bytes where they are to lie in an open file, or say no: then `write` is called.
+
+        For those who have much to write and a way to get it there without the event loop. All of it may be declined,
+        and any part at the end; what is written is so when this returns.
+
+        Args:
+            offset, length: the range, in bytes.
+            writer: called at most once; see `HostWriter`.
+
+        Returns:
+            how many bytes from `offset` on are written now. The others are as they were.
+
+        Raises:
+            OSError: what `writer` raised; any part may have been written.
+        """
+        return 0
+
     # --- size and shape ------------------------------------------------------------------------------------
 
     async def truncate(self, size: int, preallocation: Preallocation, *, exact: bool) -> None:
@@ -416,6 +441,6 @@ class Filter(Driver):
         kind = type(self)
         if member == "locate" and kind.read is not Filter.read:
             return False
-        if member == "write_now" and kind.write is not Filter.write:
+        if member in ("write_now", "write_by") and kind.write is not Filter.write:
             return False
         return getattr(kind, member) is getattr(Filter, member)

@@ -1,16 +1,21 @@
 """Copying one disk to another: many requests in flight, holes kept, zeroes found."""
 
 import asyncio
+import functools
+import mmap
 import sys
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from enum import Enum
 from typing import NamedTuple, Protocol
 
-from pynbd.block.alignment import pieces, round_down, round_up
+from pynbd.block.alignment import aligned_buffer, pieces, round_down, round_up
 from pynbd.block.backend import BlockBackend
+from pynbd.block.driver import Location
 from pynbd.block.extents import ChainExtent
 from pynbd.block.requests import RequestFlag
+from pynbd.cli.pump import STROKE_BYTES, Pump
+from pynbd.cli.zero_runs import BLOCK_BYTES, runs
 
 STATUS_BYTES = 1 << 30
 """How far ahead the source is asked what lies where."""
@@ -18,8 +23,8 @@ STATUS_BYTES = 1 << 30
 ZERO_BYTES = 256 << 20
 """Zeroes of one request: a server that has to write them should not be busy for many seconds."""
 
-BLOCK_BYTES = 4096
-"""Zeroes inside data are looked for in blocks of this size, as qemu-img and nbdcopy do."""
+PUMPED_BYTES = 8 << 20
+"""What is pumped from file to file as one piece: no buffer has to hold it."""
 
 SECTOR_BYTES = 512
 """What a source that can't be read as a whole is read by."""
@@ -75,6 +80,7 @@ class Copier:
         flags: of all writes of data.
         salvage: take what can't be read for zeroes, and say so on stderr.
         bytes_per_s: how fast it may be; 0 is without a limit.
+        pump: copies what lies verbatim in files.
     """
 
     def __init__(
@@ -92,6 +98,7 @@ class Copier:
         flags: int = 0,
         salvage: bool = False,
         bytes_per_s: int = 0,
+        pump: Pump | None = None,
     ) -> None:
         self.done_bytes = 0
         """How much of the source has been dealt with."""
@@ -107,6 +114,9 @@ class Copier:
         self._flags = flags
         self._salvage = salvage
         self._pace = Pace(bytes_per_s) if bytes_per_s else None
+        self._pump = pump
+        self._pumps_whole = True
+        """What was pumped last was so to its end: few zeroes are in the data here."""
         self._stopped = False
         self._ready: deque[Piece] = deque()
         self._pieces = self._look_ahead()
@@ -149,8 +159,12 @@ class Copier:
             if self._pace is not None and piece.kind is Kind.COPY:
                 await self._pace.wait(piece.length)
             if piece.kind is Kind.COPY:
+                located = self._locate(piece.offset, piece.length)
+                if located is not None or piece.length > self._request_bytes:
+                    await self._pump_piece(piece, located)
+                    continue
                 if not buffer:
-                    buffer = memoryview(bytearray(self._request_bytes))
+                    buffer = aligned_buffer(self._request_bytes, mmap.PAGESIZE)
                 await self._read(piece.offset, buffer[: piece.length])
             if self._turns is not None and not await self._turns.come(piece.number):
                 return
@@ -161,6 +175,52 @@ class Copier:
             if self._turns is not None:
                 self._turns.over(piece.number)
             self.done_bytes += piece.length
+
+    # --- from file to file ------------------------------------------------------------------------------------
+
+    def _locate(self, offset: int, length: int) -> Location | None:
+        """Where bytes can be pumped from."""
+        return self._pump.locate(offset, length) if self._pump is not None and length else None
+
+    async def _pump_piece(self, piece: Piece, located: Location | None) -> None:
+        """Copy a piece, as far as possible without having the bytes here.
+
+        Where writes are made in order, it is the places in the target that are taken in order; the bytes get there side
+        by side.
+        """
+        assert self._pump is not None
+        turns = self._turns
+        if turns is not None and not await turns.come(piece.number):
+            return
+        if turns is not None and self._pumps_whole:
+            copying = asyncio.ensure_future(self._pump_all(piece, located))
+            turns.over(piece.number)  # the next one wakes up when `copying` has begun
+            await copying
+        else:
+            await self._pump_all(piece, located)
+            if turns is not None:
+                turns.over(piece.number)
+        self.done_bytes += piece.length
+
+    async def _pump_all(self, piece: Piece, located: Location | None) -> None:
+        assert self._pump is not None
+        offset, end = piece.offset, piece.offset + piece.length
+        buffer = memoryview(b"")
+        while offset < end:
+            if located is not None:
+                length = min(located.length, end - offset)
+                done = await self._target.write_by(offset, length, functools.partial(self._pump.copy, located))
+                self._pumps_whole = done == length
+                offset += done
+                if done == length:
+                    located = self._locate(offset, end - offset)
+                    continue
+            buffer = buffer or aligned_buffer(STROKE_BYTES, mmap.PAGESIZE)
+            part = buffer[: min(STROKE_BYTES, end - offset)]
+            await self._read(offset, part)
+            await self._write(offset, part)
+            offset += len(part)
+            located = self._locate(offset, end - offset)
 
     # --- what is to be done -----------------------------------------------------------------------------------
 
@@ -214,7 +274,11 @@ class Copier:
                 offset += extent.length
 
     def _cut(self, offset: int, length: int, kind: Kind) -> Iterator[Piece]:
-        largest = self._request_bytes if kind is Kind.COPY else ZERO_BYTES
+        largest = ZERO_BYTES
+        if kind is Kind.COPY:
+            # With a limit on the pace it goes on in small steps.
+            pumped = self._pace is None and self._locate(offset, length) is not None
+            largest = PUMPED_BYTES if pumped else self._request_bytes
         for start, size in pieces(offset, length, largest, largest):
             yield Piece(self._next_number, start, size, kind)
             self._next_number += 1
@@ -313,36 +377,3 @@ class Pace:
         self._free_at = begin + length / self._bytes_per_s
         if begin > now:
             await asyncio.sleep(begin - now)
-
-
-def runs(data: memoryview, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int, bool]]:
-    """(start, length, whether it is all zeroes) of the runs of blocks in a buffer.
-
-    Only blocks whose first byte is zero are looked at: in most data there are few.
-    """
-    # A bytearray is compared at the speed of memory, with whatever it is compared; a memoryview item by item.
-    if data and not data[0] and not data[-1] and bytearray(len(data)) == data:
-        yield 0, len(data), True
-        return
-    firsts = bytes(data[::block_bytes])
-    zero_block = bytearray(block_bytes)
-    begin = 0
-    number = firsts.find(0)
-    while number >= 0:
-        first = number
-        while number < len(firsts) and _is_zero(data, number * block_bytes, zero_block):
-            number += 1
-        if number > first:
-            start, end = first * block_bytes, min(number * block_bytes, len(data))
-            if start > begin:
-                yield begin, start - begin, False
-            yield start, end - start, True
-            begin = end
-        number = firsts.find(0, number + 1)
-    if begin < len(data):
-        yield begin, len(data) - begin, False
-
-
-def _is_zero(data: memoryview, start: int, zero_block: bytearray) -> bool:
-    block = data[start : start + len(zero_block)]
-    return zero_block == block if len(block) == len(zero_block) else not any(block)

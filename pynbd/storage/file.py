@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pynbd.block import errors
-from pynbd.block.driver import Driver, Location, Preallocation
+from pynbd.block.driver import Driver, HostWriter, Location, Preallocation
 from pynbd.block.errors import OptionError, PermissionConflict
 from pynbd.block.extents import Extent
 from pynbd.block.limits import Limits
@@ -297,6 +297,17 @@ class File(Driver):
         if offset + done > self.size:
             self._grown(offset + done)
         return True
+
+    async def write_by(self, offset: int, length: int, writer: HostWriter) -> int:
+        if self._direct:
+            return 0
+        try:
+            done = await pool.run(pool.copies, writer, self._fd, offset, length, offset >= self.size)
+        except OSError as problem:
+            raise self._failed(problem, "write", offset, length) from problem
+        if offset + done > self.size and (size := self._measure()) > self.size:
+            self._grown(size)
+        return done
 
     def _write_in_thread(self, offset: int, data: memoryview, flags: int = 0) -> None:
         try:

@@ -28,8 +28,15 @@ TELL_S = 0.0002
 WAITING_S = 0.002
 """Requests that take so long on average wait for something else than a processor."""
 
+COPIERS = 2
+"""Threads that copy from file to file. Two writers of one file only take turns; but one of them can write while the
+other one reads what it is going to write."""
+
 transfers = ThreadPoolExecutor(WORKERS, "pynbd-io")
 """For reads, writes and other calls that are quick unless a disk is slow. Threads are started when they are needed."""
+
+copies = ThreadPoolExecutor(COPIERS, "pynbd-copy")
+"""For whoever writes a lot into a file by itself (`Driver.write_by`)."""
 
 syncs = ThreadPoolExecutor(SYNC_WORKERS, "pynbd-sync")
 """For flushes, durable writes, and calls that may take seconds."""
@@ -40,9 +47,10 @@ def renew_threads() -> None:
 
     For what holds for a thread and those that it starts, as Landlock does.
     """
-    global transfers, syncs  # they are the module's, and asked for by name each time
-    ended = transfers, syncs
+    global transfers, copies, syncs  # they are the module's, and asked for by name each time
+    ended = transfers, copies, syncs
     transfers = ThreadPoolExecutor(WORKERS, "pynbd-io")
+    copies = ThreadPoolExecutor(COPIERS, "pynbd-copy")
     syncs = ThreadPoolExecutor(SYNC_WORKERS, "pynbd-sync")
     for executor in ended:
         executor.shutdown(wait=True)

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pynbd.cli.copier import BLOCK_BYTES, runs
+from pynbd.cli.zero_runs import BLOCK_BYTES, runs
 from tests import peers
 from tests.cli.pynbd_command import PYNBD, failure, pynbd
 from tests.conftest import DiskMaker

@@ -12,9 +12,9 @@ from pynbd.cli.img import arguments as common
 if TYPE_CHECKING:
     from pynbd.block.bitmaps import DirtyBitmap
     from pynbd.block.graph import Graph
-    from pynbd.cli.copier import Source
     from pynbd.cli.img.creation import NewImage
     from pynbd.cli.img.images import Image
+    from pynbd.cli.img.sources import Concatenation, Top
 
 MAX_COROUTINES = 16
 DEFAULT_COROUTINES = 8
@@ -115,7 +115,7 @@ def sparse_bytes(arguments: argparse.Namespace) -> int:
     """How long zeroes must be to be left out; 0 if none are."""
     from pynbd.block.errors import OptionError
     from pynbd.block.options import parse_size
-    from pynbd.cli.copier import BLOCK_BYTES
+    from pynbd.cli.zero_runs import BLOCK_BYTES
 
     if arguments.sparse is None:
         return BLOCK_BYTES
@@ -221,7 +221,7 @@ def _tree_of(new: NewImage) -> dict[str, Any]:
 
 
 async def _copy(
-    arguments: argparse.Namespace, sources: Sequence[Image], whole: Source, target: Image, interruption: Any
+    arguments: argparse.Namespace, sources: Sequence[Image], whole: Concatenation, target: Image, interruption: Any
 ) -> None:
     from pynbd.block.errors import BlockError
     from pynbd.block.options import parse_size
@@ -229,10 +229,11 @@ async def _copy(
     from pynbd.cli.copier import Copier
     from pynbd.cli.img.sources import Top
     from pynbd.cli.progress import shown
+    from pynbd.cli.pump import Pump
 
     if target.node.size < whole.size:
         raise BlockError(f"{target.name}: it has {target.node.size} bytes, too few for the {whole.size} of the source")
-    source = whole
+    source: Concatenation | Top = whole
     backing = target.node.backing()
     if arguments.backing is not None and backing is not None:
         source = Top(sources[0], backing.size)
@@ -240,19 +241,25 @@ async def _copy(
     cluster = (await target.node.info()).cluster_size
     unit = cluster if arguments.compressed else 1
     new_zeroes = not arguments.no_create and backing is None and target.node.driver.has_zero_init()
+    is_zero = new_zeroes or arguments.target_is_zero
+    block = max(sparse, unit)
+    pump = None
+    if not arguments.compressed and Pump.takes(block if sparse else 0):
+        pump = Pump(source.locate, block_bytes=block if sparse else 0, cluster_bytes=cluster, skips_zeroes=is_zero)
     copier = Copier(
         source,
         target.backend,
         requests=arguments.coroutines,
         request_bytes=PIECE_BYTES,
         allocated=not sparse,
-        target_is_zero=new_zeroes or arguments.target_is_zero,
-        block_bytes=max(sparse, unit) or SECTOR_BYTES,
+        target_is_zero=is_zero,
+        block_bytes=block,
         unit=unit,
         in_order=not arguments.any_order and target.node.driver.name != "raw",
         flags=int(RequestFlag.COMPRESSED) if arguments.compressed else 0,
         salvage=arguments.salvage,
         bytes_per_s=parse_size(arguments.rate, what="-r") if arguments.rate is not None else 0,
+        pump=pump,
     )
     wanted = arguments.progress and not arguments.quiet
     with interruption.stops(copier), shown(source.size, lambda: copier.done_bytes, wanted=wanted):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -17,6 +17,9 @@ from pynbd.block.node import Node
 from pynbd.block.options import NodeOptions
 from pynbd.block.permissions import Permission
 from pynbd.cli.img.arguments import cache_mode
+
+if TYPE_CHECKING:
+    from pynbd.block.driver import Location
 
 SECTOR_BYTES = 512
 """Disks end with a whole sector for QEMU: what is missing of the last one reads as zeroes."""
@@ -58,6 +61,10 @@ class Image:
             into = into[:inside]
         if len(into):
             await self.backend.read(offset, into)
+
+    def locate(self, offset: int, length: int) -> Location | None:
+        """Where the bytes lie verbatim; see `Driver.locate`."""
+        return self.backend.locate(offset, length) if length else None
 
     async def block_status(self, offset: int, length: int, base: Node | None = None) -> Sequence[ChainExtent]:
         """As `BlockBackend.block_status`; the part of the last sector that is not there reads as zeroes."""

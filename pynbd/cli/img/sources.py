@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pynbd.block.extents import ChainExtent, Status
 
 if TYPE_CHECKING:
+    from pynbd.block.driver import Location
     from pynbd.cli.img.images import Image
 
 
@@ -42,6 +43,12 @@ class Concatenation:
             offset += length
             into = into[length:]
 
+    def locate(self, offset: int, length: int) -> Location | None:
+        """Where the bytes lie verbatim, as far as one image goes."""
+        number = self._at(offset)
+        length = min(length, self._starts[number + 1] - offset)
+        return self._images[number].locate(offset - self._starts[number], length)
+
     async def block_status(self, offset: int, length: int) -> Sequence[ChainExtent]:
         """What lies where, as far as one image goes."""
         number = self._at(offset)
@@ -69,6 +76,10 @@ class Top:
     async def read(self, offset: int, into: memoryview) -> None:
         """Fill `into`."""
         await self._image.read(offset, into)
+
+    def locate(self, offset: int, length: int) -> Location | None:
+        """Where the bytes lie verbatim."""
+        return self._image.locate(offset, length)
 
     async def block_status(self, offset: int, length: int) -> Sequence[ChainExtent]:
         """What lies where; of depth 0 is what the target shows without being written to."""

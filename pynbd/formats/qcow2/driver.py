@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import msgspec
 
 from pynbd.block.backend import BlockBackend
-from pynbd.block.driver import ChildSpec, CreationOptions, ImageInfo, Preallocation
+from pynbd.block.driver import ChildSpec, CreationOptions, HostWriter, ImageInfo, Preallocation
 from pynbd.block.errors import BlockError, OptionError, PermissionConflict, io_error
 from pynbd.block.families import BitmapInfo, CheckResult, Measurement, Progress, Repair, SnapshotInfo, no_progress
 from pynbd.block.image_names import named_from
@@ -299,6 +299,9 @@ class Qcow2(ClusterReader):
 
     def write_now(self, offset: int, data: memoryview) -> bool:
         return self.writer.write_now(offset, data)
+
+    async def write_by(self, offset: int, length: int, writer: HostWriter) -> int:
+        return await self.writer.write_by(offset, length, writer)
 
     async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
         await self.writer.zeroing.write(offset, length, flags)

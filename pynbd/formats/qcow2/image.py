@@ -129,6 +129,14 @@ class Image(LoadedTables):
         self.fresh_from = max(self.fresh_from, run.first + run.clusters)
         return run, fresh
 
+    async def release_rest(self, run: Run, used: int, touched: int) -> None:
+        """Give back the clusters of a run behind the first `used`; nothing was written behind the first `touched`."""
+        if used == run.clusters:
+            return
+        await self.release(Run(run.first + used, run.clusters - used))
+        if self.fresh_from == run.first + run.clusters:
+            self.fresh_from = run.first + touched
+
     def allocate_now(self) -> int:
         """Take a cluster that is known to read as zeroes, if that can be done at once; gives its offset, else 0."""
         cluster = self.refcounts.take_now()

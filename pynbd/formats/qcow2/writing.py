@@ -9,7 +9,9 @@ import errno
 from typing import TYPE_CHECKING
 
 from pynbd.block.alignment import round_down, round_up
+from pynbd.block.driver import HostWriter
 from pynbd.block.errors import io_error
+from pynbd.block.node import by_nobody
 from pynbd.block.requests import RequestTracker, TrackedRequest
 from pynbd.formats.qcow2.given_up import Cause
 from pynbd.formats.qcow2.layout import (
@@ -169,6 +171,42 @@ class Writer:
         async with self.track(offset, end, exclusive=True):
             self.check_inside(offset, end)
             await self.write_alone(offset, data)
+
+    async def write_by(self, offset: int, length: int, writer: HostWriter) -> int:
+        """See `Driver.write_by`: whole clusters that have no place yet get places behind one another."""
+        cluster = self.cluster
+        end = round_down(offset + length, cluster)
+        if offset % cluster or end <= offset or self.map.extended or self.guest_file.write_by is by_nobody:
+            return 0
+        if self.has_data_file or self.driver.encryption is not None or self.image.fence is not None:
+            return 0
+        async with self.track(offset, end, exclusive=True):
+            self.check_inside(offset, end)
+            piece = await self.map.piece(offset, end)
+            count = (piece.stop - offset) // cluster
+            if piece.kind != NOWHERE or not count:
+                return 0
+            run, fresh = await self.image.allocate(count)
+            try:
+                done = await self._fill_by(run, writer, fresh=fresh)
+            except BaseException:
+                await self.image.release(run)
+                raise
+            whole = round_down(done, cluster)
+            await self.image.release_rest(run, whole // cluster, -(-done // cluster))
+            if whole:
+                await self.point(offset, offset + whole, run.first << self.map.bits, owned=False)
+            return whole
+
+    async def _fill_by(self, run: Run, writer: HostWriter, *, fresh: bool) -> int:
+        """How many bytes of some clusters somebody else has written."""
+        host, length = run.first << self.map.bits, run.clusters << self.map.bits
+        await self.check_overlap(host, length)
+
+        def filler(fd: int, host_offset: int, length: int, _: bool) -> int:
+            return writer(fd, host_offset, length, fresh)
+
+        return await self.guest_file.write_by(host, length, filler)
 
     async def write_alone(self, offset: int, data: memoryview) -> None:
         """Write where nobody else is at work, and take clusters as needed."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 import signal
 import subprocess
 from pathlib import Path
@@ -163,3 +165,51 @@ def test_an_unknown_cache_mode(disk: Path) -> None:
 
 def test_help() -> None:
     assert "size=<size>" in ok("convert", "-O", "raw", "-o", "help")
+
+
+def patchy(path: str, unit: int) -> bytes:
+    """A disk of 12 MiB: data, zeroes and holes of odd numbers of units, here and there."""
+    source = random.Random(unit)
+    content = bytearray()
+    while len(content) < 12 * MIB:
+        length = source.randint(1, 40) * unit
+        content += source.choice((source.randbytes(length), bytes(length), source.randbytes(64 * unit)))
+    del content[12 * MIB :]
+    with Path(path).open("wb") as file:
+        for at in range(0, 12 * MIB, unit):
+            piece = content[at : at + unit]
+            if any(piece) or source.random() < 0.5:
+                file.seek(at)
+                file.write(piece)
+        file.truncate(12 * MIB)
+    return bytes(content)
+
+
+@pytest.mark.parametrize("cluster", ["4k", "64k", "2M"])
+@pytest.mark.parametrize(("unit", "words"), [(4096, ()), (65536, ()), (4096, ("-S", "0")), (4096, ("-W",))])
+def test_patchy_disks_become_what_qemu_makes_of_them(cluster: str, unit: int, words: tuple[str, ...]) -> None:
+    """The same bytes in as many clusters, there and back."""
+    content = patchy("patchy.raw", unit)
+    options = ("-O", "qcow2", "-o", f"cluster_size={cluster}")
+    assert qemu_img("convert", "-f", "raw", *options, *words, "patchy.raw", "theirs.qcow2").status == 0
+    ok("convert", "-f", "raw", *options, *words, "patchy.raw", "ours.qcow2")
+    assert qemu_img("compare", "theirs.qcow2", "ours.qcow2").status == 0
+    checked = [qemu_img("check", "--output", "json", name) for name in ("theirs.qcow2", "ours.qcow2")]
+    assert [ending.status for ending in checked] == [0, 0]
+    theirs, ours = (json.loads(ending.out).get("allocated-clusters", 0) for ending in checked)
+    assert ours == theirs or "0" in words  # what is zero and has to have space need not be written by us
+    ok("convert", "-f", "qcow2", "-O", "raw", *words, "theirs.qcow2", "back.raw")
+    assert Path("back.raw").read_bytes() == content
+    assert qemu_img("convert", "-f", "qcow2", "-O", "raw", *words, "theirs.qcow2", "expected.raw").status == 0
+    assert allocated("back.raw") <= allocated("expected.raw")
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_what_was_there_is_written_over(format: str, random_disk: Path) -> None:
+    """With zeroes as well."""
+    content = patchy("patchy.raw", 4096)
+    qemu_img("create", "-f", format, "target", "12M")
+    ok("convert", "-n", "-f", "raw", "-O", format, random_disk, "target")
+    ok("convert", "-n", "-f", "raw", "-O", format, "patchy.raw", "target")
+    assert qemu_img("compare", "-f", "raw", "-F", format, "patchy.raw", "target").status == 0
+    assert len(content) == 12 * MIB
