@@ -45,7 +45,7 @@ class BufferPool:
 class Payload:
     """The payload of a large write that is arriving in a buffer of its own."""
 
-    __slots__ = ("admitted", "buffer", "filled", "request", "reserved", "whole")
+    __slots__ = ("admitted", "buffer", "filled", "in_parts", "request", "reserved", "whole", "write_ns", "written")
 
     def __init__(self, request: Request, arrived: memoryview) -> None:
         self.request = request
@@ -54,6 +54,9 @@ class Payload:
         self.reserved = 0
         self.admitted = False  # whether it was counted against the client's rates
         self.whole: memoryview | None = None
+        self.in_parts = True  # written as it arrives, so far
+        self.written = 0
+        self.write_ns = 0
 
     def make_room(self, buffers: BufferPool) -> None:
         """Memory was reserved: get a buffer for all of it."""

@@ -37,8 +37,9 @@ from pynbd.server.execution import HOLE_READ_BYTES, Execution, describe
 from pynbd.server.export import Export
 from pynbd.server.inline import InlineStarter
 from pynbd.server.limits import ClientLimits, Pace
-from pynbd.server.wire import Buffer, FileSpan, Item, SpanFile, Wire, has_hole, together
+from pynbd.server.wire import PIECE_BYTES, Buffer, FileSpan, Item, SpanFile, Wire, has_hole, is_whole, together
 from pynbd.storage import linux
+from pynbd.storage.in_place import keeps_others_waiting
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,9 @@ MAX_UNSENT_BYTES = 4 << 20
 """Answers that a client has not taken yet; beyond it no further requests of that client are looked at.
 Where the memory of the process runs short, it is the connection's reserve instead."""
 
+WRITTEN_PART_BYTES = 128 << 10
+"""Large payloads are written in parts of at least this length as they arrive, where nobody has to wait for it."""
+
 PAYLOAD_STEP_BYTES = 1 << 20
 """Memory for a payload is reserved in such steps, as the payload arrives."""
 
@@ -86,6 +90,7 @@ class Scratch:
         self.received = memoryview(bytearray(RECEIVE_BYTES + (128 << 10)))
         self.answers = bytearray(ANSWERS_BYTES + MAX_BATCH_REQUESTS * ExtendedReplies.done_size)
         self.answers_view = memoryview(self.answers)
+        self.passing = self.answers_view[:PIECE_BYTES]  # answers have left, or were copied, before files are sent from
 
 
 class Connection:
@@ -164,7 +169,7 @@ class Connection:
         self._closed = False
         self._shutting_down = False
         # Where holes can be told, larger reads ask for them first.
-        self._inline_bytes = HOLE_READ_BYTES - 1 if self._replies.can_send_holes else INLINE_READ_BYTES
+        self._asks_from = HOLE_READ_BYTES if self._replies.can_send_holes else INLINE_READ_BYTES + 1
         self.wire = make_wire(self)
         self._can_send_spans = self._replies.can_send_holes
         self.backend.on_resize.append(self._resized)
@@ -353,6 +358,8 @@ class Connection:
             self._end()
             return
         payload.filled += received
+        if payload.in_parts:
+            self._write_part(payload)
         self._advance_payload(payload)
 
     def _advance_payload(self, payload: Payload) -> None:
@@ -381,8 +388,47 @@ class Connection:
         if payload.filled < length:
             return
         self._payload = None
+        if payload.written == length:
+            self._all_parts_written(payload)
+            return
         self.in_flight += 1
         self._run(payload.request, payload.buffer.toreadonly(), length, payload.whole)
+
+    def _write_part(self, payload: Payload) -> None:
+        """Write what has arrived of a payload, if the driver can do so at once: the processor's cache has it still.
+
+        Parts end where pages do, because others would have to be read first. Where a driver can't, the whole payload is
+        written again when it has arrived, the usual way. Of a payload that breaks off, parts stay written: as on any
+        disk, nothing is promised of a write that was not answered.
+        """
+        request = payload.request
+        offset, end = request.offset, payload.filled
+        if end < request.length:
+            end -= (offset + end) % linux.PAGE_BYTES
+            if end - payload.written < WRITTEN_PART_BYTES:
+                return
+        started = perf_counter_ns()
+        if keeps_others_waiting() or not self.backend.write_now(
+            offset + payload.written, payload.buffer[payload.written : end]
+        ):
+            payload.in_parts = False
+            return
+        payload.written = end
+        payload.write_ns += perf_counter_ns() - started
+
+    def _all_parts_written(self, payload: Payload) -> None:
+        """A large write has been made as it arrived: answer it, or make it durable first."""
+        request = payload.request
+        self.backend.statistics.account(Operation.WRITE, 1, request.length, payload.write_ns)
+        if payload.whole is not None:
+            self._scratch.buffers.give(payload.whole)
+        self.account.give(payload.reserved)
+        if request.flags & COMMAND_FUA or not self.backend.write_cache:
+            self.in_flight += 1
+            self._starter.start(self._make_durable([request]))
+        else:
+            self._out.append(self._replies.done(request))
+            self._flush()
 
     # --- waiting ------------------------------------------------------------------------------------------
 
@@ -454,6 +500,7 @@ class Connection:
         answers, view = scratch.answers, scratch.answers_view
         locate, preadv, write_now = self.backend.locate, os.preadv, self.backend.write_now
         write_through = not self.backend.write_cache
+        asks_from = self._asks_from
         may_flush = self.in_flight + MAX_BATCH_REQUESTS < MAX_REQUESTS_IN_FLIGHT
         durable: list[Request] = []
         position = count = total = written = total_written = begun = 0
@@ -464,11 +511,15 @@ class Connection:
                 self._out.append(replies.error(request, *(refused or (Errno.ESHUTDOWN, "the server is shutting down"))))
                 continue
             length = request.length
-            if request.type == READ and 0 < length <= self._inline_bytes:
+            if request.type == READ and 0 < length <= INLINE_READ_BYTES:
                 located = locate(request.offset, length)
                 data = position + header
                 end = data + length
-                if located is not None and located[2] == length:
+                if (
+                    located is not None
+                    and located[2] == length
+                    and (length < asks_from or is_whole(located[0], located[1], length))
+                ):
                     if end > ANSWERS_BYTES:
                         self._put_aside(requests[index:])
                         self._continue_soon()

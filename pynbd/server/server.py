@@ -327,7 +327,7 @@ class NbdServer:
             self._gone(connection)
 
         def make_wire(connection: Connection) -> PlainWire:
-            told = (connection.on_readable, connection.on_sent, connection.on_lost)
+            told = (connection.on_readable, connection.on_sent, connection.on_lost, self._scratch.passing)
             if isinstance(sock, TlsSocket):
                 return TlsWire(self._loop, sock, *told)
             return PlainWire(self._loop, sock, *told)

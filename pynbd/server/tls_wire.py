@@ -15,7 +15,7 @@ class TlsWire(PlainWire):
     that it is encrypted while the processor's cache still has it, and no memory is needed for long answers.
 
     Args:
-        loop, on_readable, on_sent, on_lost: as those of `PlainWire`.
+        loop, on_readable, on_sent, on_lost, passing: as those of `PlainWire`.
         sock: closed with the wire.
     """
 
@@ -28,18 +28,17 @@ class TlsWire(PlainWire):
         on_readable: Callable[[], None],
         on_sent: Callable[[], None],
         on_lost: Callable[[OSError], None],
+        passing: memoryview,
     ) -> None:
-        super().__init__(loop, sock, on_readable, on_sent, on_lost)
+        super().__init__(loop, sock, on_readable, on_sent, on_lost, passing)
         self._call_due = False
-        self._sendfile = self._send_from_file
 
-    def _send_from_file(self, _: int, fd: int, offset: int, length: int) -> int:
-        """In the place of `os.sendfile`."""
+    def _send_from_file(self, fd: int, offset: int, length: int) -> int:
         if self._sock.begun:
             return self._sock.send_begun()
-        chunk = bytearray(min(length, CHUNK_BYTES))
+        chunk = self._passing[: min(length, CHUNK_BYTES)]
         read = os.preadv(fd, [chunk], offset)
-        return self._sock.send(memoryview(chunk)[:read])
+        return self._sock.send(chunk[:read])
 
     def receive_into(self, into: memoryview) -> int:
         received = super().receive_into(into)

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from pynbd.crypto.tls_socket import TlsSocket
 from pynbd.server.loop import ServingLoop
+from pynbd.storage import linux
 
 MAX_VECTORS = 512
 """Buffers of one `sendmsg`; the kernel takes 1024."""
@@ -22,6 +23,12 @@ SOCKET_BUFFER_BYTES = 4 << 20
 
 MAX_BYTES_A_TURN = 4 << 20
 """What is sent to one client before the others have their turn: one that reads quickly would never let go."""
+
+PIECE_BYTES = 256 << 10
+"""What is sent from a file with one call through a Unix socket."""
+
+BEHIND_BYTES = 256 << 10
+"""A client that has so much to fetch still is slower than we are."""
 
 JOINED_ANSWER_BYTES = 32 << 10
 """Answers up to this length together are copied into one buffer: a vectored send costs more for small ones."""
@@ -70,6 +77,14 @@ def has_hole(fd: int, offset: int, length: int, status: os.stat_result) -> bool:
         OSError: the file is shorter than that.
     """
     return status.st_blocks * 512 < status.st_size and os.lseek(fd, offset, os.SEEK_HOLE) < offset + length
+
+
+def is_whole(fd: int, offset: int, length: int) -> bool:
+    """Whether a range of a file has no hole, and the file is as long as that."""
+    try:
+        return not has_hole(fd, offset, length, os.fstat(fd))
+    except OSError:
+        return False
 
 
 class FileSpan:
@@ -150,6 +165,7 @@ class PlainWire:
         on_readable: there is something to receive, or the peer is gone.
         on_sent: the queue got shorter.
         on_lost: sending failed while nobody was calling.
+        passing: a buffer of at least `PIECE_BYTES` that others use, too: nothing stays in it after a call.
     """
 
     def __init__(
@@ -159,6 +175,7 @@ class PlainWire:
         on_readable: Callable[[], None],
         on_sent: Callable[[], None],
         on_lost: Callable[[OSError], None],
+        passing: memoryview,
     ) -> None:
         self._loop = loop
         self._add_reader: Callable[..., None] = loop.add_reader
@@ -171,7 +188,8 @@ class PlainWire:
         self._on_sent = on_sent
         self._on_lost = on_lost
         self._queue: deque[Item] = deque()
-        self._sendfile: Callable[[int, int, int, int], int] = os.sendfile
+        self._passing = passing
+        self._is_unix = isinstance(sock, socket.socket) and sock.family == socket.AF_UNIX
         self._reading = False
         self._writing = False
         self._closed = False
@@ -275,7 +293,7 @@ class PlainWire:
         problem: OSError | None = None
         if span.length:
             try:
-                sent = self._sendfile(self._fd, span.file.fd, span.offset, min(span.length, MAX_BYTES_A_TURN))
+                sent = self._send_from_file(span.file.fd, span.offset, span.length)
             except (BlockingIOError, InterruptedError, BrokenPipeError, ConnectionResetError):
                 raise
             except OSError as error:
@@ -297,6 +315,24 @@ class PlainWire:
             self._queue.appendleft(item)
             self.unsent += len(item)
         return True
+
+    def _send_from_file(self, fd: int, offset: int, length: int) -> int:
+        """Send some of a file's bytes, and say how many; 0 where the file ends.
+
+        Pages that are sent through a Unix socket are copied by the client, out of memory that no cache has: the work
+        is all its own. While it keeps up that is best. When it is behind, the copying is done here: then the client
+        finds the bytes in the cache, and both processors have something to do.
+
+        Raises:
+            OSError: the file or the connection has failed, or the socket is full.
+        """
+        if not self._is_unix:
+            return os.sendfile(self._fd, fd, offset, min(length, MAX_BYTES_A_TURN))
+        length = min(length, PIECE_BYTES, MAX_BYTES_A_TURN)
+        if linux.unfetched_bytes(self._fd) <= BEHIND_BYTES:
+            return os.sendfile(self._fd, fd, offset, length)
+        read = os.preadv(fd, [self._passing[:length]], offset)
+        return self._sock.send(self._passing[:read]) if read else 0
 
     def pause_reading(self) -> None:
         if self._reading:

@@ -283,7 +283,9 @@ class File(Driver):
             self._grown(offset + length)
 
     def write_now(self, offset: int, data: memoryview) -> bool:
-        if len(data) > INLINE_WRITE_BYTES or (started := perf_counter()) < self._in_place.paused_until:
+        if (started := perf_counter()) < self._in_place.paused_until:
+            return False
+        if len(data) > INLINE_WRITE_BYTES and keeps_others_waiting():
             return False
         try:
             done = os.pwrite(self._fd, data, offset)

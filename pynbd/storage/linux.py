@@ -27,6 +27,8 @@ BLKDISCARD: Final = 0x1277
 BLKZEROOUT: Final = 0x127F
 BLKGETSIZE64: Final = 0x80081272
 
+SIOCOUTQ: Final = 0x5411
+
 TMPFS_MAGIC: Final = 0x01021994
 RAMFS_MAGIC: Final = 0x858458F6
 HUGETLBFS_MAGIC: Final = 0x958458F6
@@ -114,6 +116,15 @@ def no_new_privileges() -> None:
     libc = _libc()
     if libc.prctl(*libc.integers(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)) != 0:
         raise libc.failed()
+
+
+def unfetched_bytes(fd: int) -> int:
+    """What has been sent through a Unix socket, and not been received by its peer, in bytes of kernel memory (unix(7)).
+
+    Raises:
+        OSError: it is no socket.
+    """
+    return int.from_bytes(fcntl.ioctl(fd, SIOCOUTQ, bytes(4)), sys.byteorder)
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:

@@ -13,11 +13,13 @@ import pytest
 
 from pynbd.crypto.tls_socket import TlsSocket
 from pynbd.server.tls_wire import TlsWire
-from pynbd.server.wire import FileSpan, Item, SpanFile
+from pynbd.server.wire import PIECE_BYTES, FileSpan, Item, SpanFile
 from tests.crypto.tls_ends import credentials, secured
 from tests.server.clients import LIMIT_S, open_descriptors
 
 KIB, MIB = 1 << 10, 1 << 20
+
+PASSING = memoryview(bytearray(PIECE_BYTES))
 
 
 class End:
@@ -28,7 +30,9 @@ class End:
         self.sent = 0
         self.lost: list[OSError] = []
         self.size = 1000
-        self.wire = TlsWire(asyncio.get_running_loop(), sock, self._on_readable, self._on_sent, self.lost.append)
+        self.wire = TlsWire(
+            asyncio.get_running_loop(), sock, self._on_readable, self._on_sent, self.lost.append, PASSING
+        )
 
     def _on_readable(self) -> None:
         view = memoryview(bytearray(self.size))

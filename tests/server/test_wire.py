@@ -13,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pynbd.server import wire as wire_module
-from pynbd.server.wire import FileSpan, Item, PlainWire, SpanFile, has_hole, together, tune
+from pynbd.server.wire import PIECE_BYTES, FileSpan, Item, PlainWire, SpanFile, has_hole, together, tune
 from tests.server.clients import LIMIT_S, open_descriptors
 
 KIB, MIB = 1 << 10, 1 << 20
+
+PASSING = memoryview(bytearray(PIECE_BYTES))
 
 
 class End:
@@ -31,7 +33,9 @@ class End:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
         self.readable = self.sent = 0
         self.lost: list[OSError] = []
-        self.wire = PlainWire(asyncio.get_running_loop(), ours, self._on_readable, self._on_sent, self.lost.append)
+        self.wire = PlainWire(
+            asyncio.get_running_loop(), ours, self._on_readable, self._on_sent, self.lost.append, PASSING
+        )
 
     def _on_readable(self) -> None:
         self.readable += 1
