@@ -701,11 +701,11 @@ class Connection:
             return False
         if request.flags & CommandFlag.DF:
             return False
-        # Files in memory (whose reads need no flag against waiting) are there always, also their holes.
-        if located[3] and linux.resident_bytes(located[0], located[1], length) != length:
-            return False
         file = self._span_file
         try:
+            # Files in memory (whose reads need no flag against waiting) are there always, also their holes.
+            if located[3] and linux.resident_bytes(located[0], located[1], length) != length:
+                return False
             status = os.fstat(located[0])
             if has_hole(located[0], located[1], length, status):
                 return False

@@ -373,6 +373,80 @@ def test_law_of_memory_that_is_reserved_in_steps(data: st.DataObject) -> None:
     assert not budget.waiting
 
 
+# --- payloads in parts ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when nobody else is there, which only the loop of a server knows."""
+    monkeypatch.setattr(connection_module, "keeps_others_waiting", lambda: False)
+
+
+@pytest.mark.usefixtures("one_client")
+@pytest.mark.parametrize("flags", [CommandFlag(0), CommandFlag.FUA])
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_large_payload_is_written_as_it_arrives(mode: ReplyMode, flags: CommandFlag) -> None:
+    offset, payload = 5 * KIB, random.Random(3).randbytes(3 * MIB + 512)
+    async with serving({"driver": HELD, "size": 8 * MIB}) as served:
+        driver = held(served.node())
+        driver.writes_now = True
+        client = await served.connect(mode=mode)
+        for _ in range(2):
+            driver.calls.clear()
+            cookie = await client.send(Command.WRITE, offset, payload=payload, flags=flags)
+            assert not (await client.reply(cookie)).error
+            parts = [call for call in driver.calls if call[0] == "write_now"]
+            assert len(parts) > 1
+            assert [start for _, start, _ in parts[1:]] == [start + length for _, start, length in parts[:-1]]
+            assert all(start % 4096 == 0 for _, start, _ in parts[1:]), "parts end where pages do"
+            assert b"".join(driver.written[start] for _, start, _ in parts) == payload
+            assert [call[0] for call in driver.calls if call not in parts] == (["flush"] if flags else [])
+        statistics = the_connection(served).backend.statistics
+        assert statistics.operations[Operation.WRITE] == 2
+        assert statistics.bytes[Operation.WRITE] == 2 * len(payload)
+        assert not served.server.budget.taken
+
+
+@pytest.mark.usefixtures("one_client")
+async def test_a_payload_whose_parts_can_not_be_written_any_more_is_written_whole() -> None:
+    payload = random.Random(5).randbytes(3 * MIB)
+    async with serving({"driver": HELD, "size": 8 * MIB}) as served:
+        driver = held(served.node())
+        driver.writes_now = True
+
+        client = await served.connect()
+        sent = b"".join(client.prepared(*write(0, payload))[1])
+        await client.send_bytes(sent[:MIB])
+        async with asyncio.timeout(LIMIT_S):
+            while not driver.calls:
+                await asyncio.sleep(0)
+        driver.writes_now = False
+        await client.send_bytes(sent[MIB:])
+        await driver.until(1)
+        assert [(call[0], call[1]) for call in driver.calls][-1] == ("write", 0)
+        driver.release()
+        async with asyncio.timeout(LIMIT_S):
+            while driver.written.get(0) != payload:
+                await asyncio.sleep(0)
+
+
+@pytest.mark.usefixtures("one_client")
+async def test_a_payload_that_breaks_off_gives_its_memory_back() -> None:
+    async with serving({"driver": HELD, "size": 8 * MIB}) as served:
+        driver = held(served.node())
+        driver.writes_now = True
+        client = await served.connect()
+        _, buffers = client.prepared(*write(0, bytes(2 * MIB)))
+        await client.send_bytes(b"".join(buffers)[:MIB])
+        client.sock.shutdown(socket.SHUT_WR)
+        assert not await client.at_end()
+        assert sum(length for _, _, length in driver.calls) <= MIB
+        async with asyncio.timeout(LIMIT_S):
+            while served.server.connections:
+                await asyncio.sleep(0)
+        assert not served.server.budget.taken
+
+
 # --- sendfile -------------------------------------------------------------------------------------------------
 
 

@@ -124,6 +124,31 @@ async def until_sent(end: End) -> None:
             await asyncio.sleep(0)
 
 
+@pytest.mark.parametrize("behind", [False, True])
+async def test_who_copies_a_file(behind: bool, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client does while it keeps up, and we do when it is behind."""
+    ways: list[str] = []
+
+    def watch(name: str) -> None:
+        function = getattr(os, name)
+
+        def watched(*given: object) -> object:
+            ways.append(name)
+            return function(*given)
+
+        monkeypatch.setattr(os, name, watched)
+
+    watch("sendfile")
+    watch("preadv")
+    content = file.read_bytes()
+    with wired(buffer_bytes=2 * MIB) as end, file.open("rb") as opened:
+        before = bytes(300 * KIB if behind else 10)
+        end.wire.send([before, span(opened.fileno(), 4096, 100 * KIB, b"end", [])])
+        assert ways == ["preadv" if behind else "sendfile"]
+        length = len(before) + 100 * KIB + 3
+        assert await end.receive(length) == before + content[4096 : 4096 + 100 * KIB] + b"end"
+
+
 async def test_unsent_counts_memory_and_not_spans(file: Path) -> None:
     with wired(buffer_bytes=1) as end, file.open("rb") as opened:
         end.wire.send([bytes(MIB)])
