@@ -12,6 +12,7 @@ import os
 import stat
 import struct
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Final
 
 import msgspec
@@ -32,6 +33,9 @@ RULESET_ATTR: Final = struct.Struct("=QQQ")
 
 PATH_BENEATH_ATTR: Final = struct.Struct("=Qi")
 """struct landlock_path_beneath_attr: allowed_access, parent_fd; it is packed."""
+
+THREAD_END_S: Final = 1.0
+"""How long threads that have been ended may take until the kernel has forgotten them."""
 
 KERNEL_THREADS: Final = "iou-"
 """How the names of io_uring's workers begin, which do nothing but what is submitted, with the submitter's rights."""
@@ -138,10 +142,7 @@ def restrict(grants: Grants) -> int:
     abi = version()
     if not abi:
         raise BlockError("this kernel has no Landlock, or it is off (Linux 5.13, lsm=landlock)")
-    others = [
-        name for thread in THREADS.iterdir() if (name := _thread_name(thread)) and thread.name != str(os.getpid())
-    ]
-    if others:
+    if others := _other_threads():
         raise BlockError(f"there are threads that can't be confined: {', '.join(sorted(others))}")
     files, net, scope = handled(abi)
     if grants.connect:
@@ -156,6 +157,18 @@ def restrict(grants: Grants) -> int:
     finally:
         os.close(ruleset)
     return abi
+
+
+def _other_threads() -> list[str]:
+    """The names of threads that stay. One that was joined may be seen a moment longer."""
+    ends = monotonic() + THREAD_END_S
+    while others := [
+        name for thread in THREADS.iterdir() if (name := _thread_name(thread)) and thread.name != str(os.getpid())
+    ]:
+        if monotonic() > ends:
+            break
+        sleep(0.005)
+    return others
 
 
 def _thread_name(thread: Path) -> str:

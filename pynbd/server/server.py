@@ -2,8 +2,11 @@
 
 import asyncio
 import contextlib
+import errno
 import functools
 import logging
+import os
+import random
 import socket
 import stat
 from collections.abc import Callable
@@ -34,6 +37,9 @@ if TYPE_CHECKING:
     from pynbd.server.tls import ServerTls
 
 log = logging.getLogger(__name__)
+
+ANY_VSOCK_PORTS = range(49152, 65536)
+"""Where port 0 of vsock is looked for."""
 
 BACKLOG = 1024
 """Connections that the kernel keeps until they are accepted."""
@@ -203,7 +209,7 @@ class NbdServer:
         except OSError as problem:
             raise OSError(problem.errno, f"can't listen on vsock: {problem.strerror}") from problem
         try:
-            sock.bind((socket.VMADDR_CID_ANY if cid is None else cid, port or socket.VMADDR_PORT_ANY))
+            bind_vsock(sock, socket.VMADDR_CID_ANY if cid is None else cid, port)
             self.listen_on(sock)
         except OSError as problem:
             sock.close()
@@ -520,3 +526,20 @@ def remove_dead_socket(path: str) -> None:
         except BlockingIOError:
             pass
     raise OSError(98, "another server listens there")
+
+
+def bind_vsock(sock: socket.socket, cid: int, port: int) -> None:
+    """Bind to a port; 0: to any free one that a URI can tell (libxml2, which libnbd uses, refuses large numbers).
+
+    Raises:
+        OSError: as `bind`.
+    """
+    for any_port in random.sample(ANY_VSOCK_PORTS, 64):
+        try:
+            sock.bind((cid, port or any_port))
+        except OSError as problem:
+            if port or problem.errno != errno.EADDRINUSE:
+                raise
+        else:
+            return
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))

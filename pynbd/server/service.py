@@ -160,24 +160,27 @@ class Service:
         Raises:
             OptionError, OSError: one of them can't be.
         """
-        for text in where.listen:
-            address = parse_address(text)
-            secure = self.server.tls is not None and self.server.tls.policy == "required"
-            if address.path:
-                self.server.listen_unix(address.path)
-                self.uris.append(NbdUri("nbds+unix" if secure else "nbd+unix", socket_path=address.path))
-                continue
-            if address.is_vsock:
-                uri = uri_at(self.server.listen_vsock(address.cid, address.port), tls=secure)
-                assert uri is not None
-                self.uris.append(uri)
-                continue
-            try:
-                bound = await self.server.listen_tcp(address.host, address.port)
-            except socket.gaierror as problem:
-                raise OptionError(f"can't listen on {text}: {problem.strerror}") from problem
-            for host, port in bound:
-                self.uris.append(NbdUri("nbds" if secure else "nbd", host=reachable(host), port=port))
+        # Unix sockets come last: whoever waits for one to appear finds all the others, too.
+        uris: dict[str, list[NbdUri]] = {text: [] for text in where.listen}
+        for text in sorted(where.listen, key=lambda text: bool(parse_address(text).path)):
+            uris[text] += await self._listen_at(text)
+        self.uris += [uri for text in where.listen for uri in uris.pop(text, [])]
+
+    async def _listen_at(self, text: str) -> list[NbdUri]:
+        address = parse_address(text)
+        secure = self.server.tls is not None and self.server.tls.policy == "required"
+        if address.path:
+            self.server.listen_unix(address.path)
+            return [NbdUri("nbds+unix" if secure else "nbd+unix", socket_path=address.path)]
+        if address.is_vsock:
+            uri = uri_at(self.server.listen_vsock(address.cid, address.port), tls=secure)
+            assert uri is not None
+            return [uri]
+        try:
+            bound = await self.server.listen_tcp(address.host, address.port)
+        except socket.gaierror as problem:
+            raise OptionError(f"can't listen on {text}: {problem.strerror}") from problem
+        return [NbdUri("nbds" if secure else "nbd", host=reachable(host), port=port) for host, port in bound]
 
     def adopt(self, handed: Sequence[Handed]) -> None:
         """Serve at sockets that somebody else has opened, and the clients among them; all are ours from now on."""

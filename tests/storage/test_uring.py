@@ -127,12 +127,15 @@ async def test_threads_where_there_is_no_ring(
     content = disk.read_bytes()
     async with open_disk(description(disk, aio=aio)) as backend:
         jobs.clear()
-        evict(disk)
-        if linux.resident_bytes(backend.node.driver._fd, 0, SIZE):  # type: ignore[attr-defined]  # a File
-            pytest.skip("this file system keeps its pages")
-        into = memoryview(bytearray(4096))
-        await backend.read(40960, into)
-        assert into == content[40960 : 40960 + 4096]
+        for _ in range(20):  # the kernel may have brought back what was evicted
+            evict(disk)
+            if linux.resident_bytes(backend.node.driver._fd, 0, SIZE):  # type: ignore[attr-defined]  # a File
+                pytest.skip("this file system keeps its pages")
+            into = memoryview(bytearray(4096))
+            await backend.read(40960, into)
+            assert into == content[40960 : 40960 + 4096]
+            if jobs:
+                break
         assert 1 <= len(jobs) <= pool.WORKERS
 
 
