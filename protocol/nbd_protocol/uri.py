@@ -211,8 +211,8 @@ def parse_uri(text: str) -> NbdUri:
     """The NbdUri that `text` says.
 
     A missing port is 10809, a missing host of a TCP scheme is localhost, a missing CID of a vsock scheme is that of the
-    host, and the export is the path without its first
-    slash, so that `nbd://host//disk` names the export `/disk`. `+` is a plus sign, never a blank.
+    host, and the export is the path without its first slash, so that `nbd://host//disk` names the export `/disk`. `+`
+    is a plus sign, never a blank.
 
     Raises UriError (a ValueError): the message has the part, what was found and what was allowed. Parameters that are
     not known are refused, as the document asks.
@@ -276,7 +276,7 @@ def _parse_authority(authority: str) -> tuple[str | None, str, int]:
         host = _decode("host", parts["host"])
     digits = parts["port"]
     if digits and len(digits) > _MAX_PORT_DIGITS:
-        raise UriError(f"port {digits} is not in 1…65535")
+        raise UriError(f"port {digits} has more than {_MAX_PORT_DIGITS} digits")
     return user, host, int(digits) if digits else DEFAULT_PORT
 
 

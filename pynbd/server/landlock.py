@@ -142,7 +142,7 @@ def restrict(grants: Grants) -> int:
     abi = version()
     if not abi:
         raise BlockError("this kernel has no Landlock, or it is off (Linux 5.13, lsm=landlock)")
-    if others := _other_threads():
+    if others := other_threads():
         raise BlockError(f"there are threads that can't be confined: {', '.join(sorted(others))}")
     files, net, scope = handled(abi)
     if grants.connect:
@@ -159,7 +159,7 @@ def restrict(grants: Grants) -> int:
     return abi
 
 
-def _other_threads() -> list[str]:
+def other_threads() -> list[str]:
     """The names of threads that stay. One that was joined may be seen a moment longer."""
     ends = monotonic() + THREAD_END_S
     while others := [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,8 +56,8 @@ class ImageFiles:
 
     def half_sparse(self) -> Path:
         """A raw disk, one half of which is random data and the other half holes."""
-        path = self.folder / "half-sparse.raw"
-        if not path.exists():
+
+        def make(path: Path) -> None:
             self._check_room()
             source = random.Random(1)
             with path.open("wb") as disk:
@@ -65,21 +65,19 @@ class ImageFiles:
                     disk.seek(offset)
                     disk.write(source.randbytes(length))
                 disk.truncate(self.half_sparse_bytes)
-            settle(path)
-        return path
+
+        return self._made("half-sparse.raw", make)
 
     def half_sparse_image(self) -> Path:
         """The same in a qcow2 image."""
-        path = self.folder / "half-sparse.qcow2"
-        if not path.exists():
-            run(require_tool("qemu-img"), "convert", "-f", "raw", "-O", "qcow2", self.half_sparse(), path)
-            settle(path)
-        return path
+        source = self.half_sparse()
+        words = ("convert", "-f", "raw", "-O", "qcow2", source)
+        return self._made("half-sparse.qcow2", lambda path: run(require_tool("qemu-img"), *words, path))
 
     def text(self) -> Path:
         """A raw disk of text, which gets a third as long when it is compressed, with random data in between."""
-        path = self.folder / "text.raw"
-        if not path.exists():
+
+        def make(path: Path) -> None:
             self._check_room()
             source = random.Random(2)
             pattern = _text(source)
@@ -89,15 +87,22 @@ class ImageFiles:
                     random_chunk = begin // CHUNK_BYTES % 8 == 0
                     disk.write(source.randbytes(CHUNK_BYTES) if random_chunk else pattern[at : at + CHUNK_BYTES])
                 disk.truncate(self.text_bytes)
-            settle(path)
-        return path
+
+        return self._made("text.raw", make)
 
     def allocated_image(self) -> Path:
         """A qcow2 image with all clusters allocated, and nothing written into them."""
-        path = self.folder / "allocated.qcow2"
+        words = ("create", "-q", "-f", "qcow2", "-o", "preallocation=metadata")
+        qemu_img = require_tool("qemu-img")
+        return self._made("allocated.qcow2", lambda path: run(qemu_img, *words, path, str(ALLOCATED_BYTES)))
+
+    def _made(self, name: str, make: Callable[[Path], object]) -> Path:
+        """A file that is made once; what was broken off while it was made does not pass for it."""
+        path = self.folder / name
         if not path.exists():
-            options = ("-f", "qcow2", "-o", "preallocation=metadata")
-            run(require_tool("qemu-img"), "create", "-q", *options, path, str(ALLOCATED_BYTES))
+            unfinished = path.with_name(f"{name}.part")
+            make(unfinished)
+            unfinished.rename(path)
             settle(path)
         return path
 

@@ -9,6 +9,7 @@ import pwd
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -243,6 +244,19 @@ def test_threads_for_which_it_would_not_hold_are_told(place: Path) -> None:
     said = failure("serve", "-k", "nbd.sock", "--confine", "./busy.py")
     assert said.startswith("--confine: there are threads that can't be confined: ")
     assert not (place / "nbd.sock").exists()
+
+
+ENDS_SOON = """
+import threading, time
+from pynbd.server import landlock
+threading.Thread(target=time.sleep, args=(0.2,)).start()
+print(landlock.other_threads())
+"""
+
+
+def test_threads_that_are_ending_are_waited_for() -> None:
+    """The kernel knows a thread a moment longer than whoever has joined it."""
+    assert run(sys.executable, "-c", ENDS_SOON) == "[]\n"
 
 
 def test_a_kernel_without_landlock_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

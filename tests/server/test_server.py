@@ -1,11 +1,13 @@
 """Listening, the clients that come and go, the limits of their number, and an orderly end."""
 
 import asyncio
+import errno
 import logging
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -398,3 +400,31 @@ async def test_an_export_that_is_removed_during_a_handshake() -> None:
             await until(lambda: not served.server._handshakes)
             served.graph.detach(export.backend)
         assert 0 < reached < 30
+
+
+@pytest.mark.parametrize("in_use", [0, 3, 1000])
+def test_any_port_of_vsock_is_one_that_uris_can_tell(in_use: int) -> None:
+    """The kernel itself is asked in tests/attach: not every machine has vsock."""
+    tried: list[int] = []
+
+    class Socket:
+        def bind(self, address: tuple[int, int]) -> None:
+            tried.append(address[1])
+            if len(tried) <= in_use:
+                raise OSError(errno.EADDRINUSE, "in use")
+
+    sock = cast(socket.socket, Socket())
+    if in_use < 1000:
+        server_module.bind_vsock(sock, 1, 0)
+        assert len(tried) == in_use + 1
+    else:
+        with pytest.raises(OSError, match="in use"):
+            server_module.bind_vsock(sock, 1, 0)
+    assert all(49152 <= port <= 65535 for port in tried)
+    tried.clear()
+    if in_use:
+        with pytest.raises(OSError, match="in use"):
+            server_module.bind_vsock(sock, 1, 10809)
+    else:
+        server_module.bind_vsock(sock, 1, 10809)
+    assert tried == [10809], "a port that is wanted is tried once"

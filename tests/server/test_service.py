@@ -17,6 +17,7 @@ from pynbd.block.backend import BlockBackend
 from pynbd.block.errors import BlockError, OptionError
 from pynbd.server import service as service_module
 from pynbd.server.config import Config, ExportOptions, ListenOptions
+from pynbd.server.server import NbdServer
 from pynbd.server.service import Service, open_service
 
 SIZE_BYTES = 1 << 20
@@ -292,6 +293,28 @@ async def test_uris_say_how_this_machine_reaches_it(place: Path) -> None:
     assert v4.startswith("nbd://127.0.0.1:")
     assert v6.startswith("nbd://[::1]:")
     assert unix == f"nbd+unix:///?socket={place}/s"
+
+
+async def test_a_unix_socket_appears_when_all_others_listen(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripts wait for it, and go on with whatever address they want."""
+    order: list[str] = []
+    listen_tcp, listen_unix = NbdServer.listen_tcp, NbdServer.listen_unix
+
+    async def tcp(self: NbdServer, host: str, port: int) -> list[tuple[str, int]]:
+        bound = await listen_tcp(self, host, port)
+        order.append("tcp")
+        return bound
+
+    def unix(self: NbdServer, path: str) -> None:
+        order.append("unix")
+        listen_unix(self, path)
+
+    monkeypatch.setattr(NbdServer, "listen_tcp", tcp)
+    monkeypatch.setattr(NbdServer, "listen_unix", unix)
+    listen = ListenOptions(listen=(f"unix:{place}/s", "127.0.0.1:0", f"unix:{place}/t"))
+    async with open_service(Config(server=listen, exports=exports(a={"driver": "null"}))) as service:
+        assert order == ["tcp", "unix", "unix"]
+        assert [uri.is_unix for uri in service.uris] == [True, False, True], "as they were given"
 
 
 # --- the end --------------------------------------------------------------------------------------------------

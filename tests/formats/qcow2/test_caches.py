@@ -16,9 +16,16 @@ from pynbd.block.graph import Graph
 from pynbd.formats.qcow2.driver import Qcow2
 from pynbd.formats.qcow2.tables import joined
 from tests.formats.qcow2.damage import Image, qemu_io
-from tests.formats.qcow2.workload import Workload, in_file, is_sound, made, read_by_qemu, snapshot_by_qemu
+from tests.formats.qcow2.workload import (
+    Workload,
+    in_file,
+    is_sound,
+    made,
+    read_by_qemu,
+    snapshot_by_qemu,
+    work_over_restless_storage,
+)
 from tests.peers import COMMAND_LIMIT_S, require_tool
-from tests.restless import RESTLESS, restless
 
 SIZE = 4 << 20
 
@@ -35,17 +42,8 @@ SLICED = [
 async def test_work_with_slices(graph: Graph, tmp_path: Path, options: str) -> None:
     """Over storage that lets others run in the middle of everything, with room for two slices."""
     path = made(tmp_path, options, SIZE)
-    storage = await graph.open({"driver": RESTLESS, "size": 0, "seed": 5, "suspends": 0.3, "node-name": "storage"})
-    restless(storage).data[:] = path.read_bytes()
     tiny = {"l2-cache-size": "1k", "refcount-cache-size": "1k", "l2-cache-entry-size": 512}
-    work = await Workload.opened(graph, {"driver": "qcow2", "file": "storage", **tiny}, bytes(SIZE), seed=7)
-    for _ in range(60):
-        await work.round(8)
-    await work.check()
-    await work.close()
-    path.write_bytes(restless(storage).data)
-    assert is_sound(path)
-    assert read_by_qemu(path) == work.model
+    await work_over_restless_storage(graph, path, SIZE, suspends=0.3, requests=8, **tiny)
 
 
 @pytest.mark.parametrize("options", SLICED)

@@ -10,7 +10,15 @@ import pytest
 from pynbd.block.errors import BlockError
 from pynbd.block.extents import Status
 from pynbd.block.graph import Graph
-from tests.formats.qcow2.workload import OPTIONS, Workload, in_file, is_sound, made, read_by_qemu
+from tests.formats.qcow2.workload import (
+    OPTIONS,
+    Workload,
+    in_file,
+    is_sound,
+    made,
+    read_by_qemu,
+    work_over_restless_storage,
+)
 from tests.peers import require_tool, run
 from tests.restless import RESTLESS, restless
 
@@ -64,17 +72,8 @@ async def test_requests_that_wait_for_each_other(graph: Graph, tmp_path: Path, o
     """The same over storage that lets others run in the middle of everything, with a cache that is too small."""
     size = 8 << 20 if "2M" in options else SIZE
     path = made(tmp_path, options, size)
-    storage = await graph.open({"driver": RESTLESS, "size": 0, "seed": 5, "suspends": 0.5, "node-name": "storage"})
-    restless(storage).data[:] = path.read_bytes()
     tiny = {"l2-cache-size": "1k", "refcount-cache-size": "1k"}
-    work = await Workload.opened(graph, {"driver": "qcow2", "file": "storage", **tiny}, bytes(size), seed=7)
-    for _ in range(60):
-        await work.round(12)
-    await work.check()
-    await work.close()
-    path.write_bytes(restless(storage).data)
-    assert is_sound(path)
-    assert read_by_qemu(path) == work.model
+    await work_over_restless_storage(graph, path, size, suspends=0.5, requests=12, **tiny)
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -15,6 +15,7 @@ from pynbd.block.permissions import Permission
 from pynbd.block.requests import RequestFlag
 from pynbd.formats.qcow2.driver import Qcow2
 from tests.peers import CommandError, require_tool, run
+from tests.restless import RESTLESS, restless
 
 NAMES = itertools.count()
 
@@ -185,3 +186,28 @@ class Workload:
         """Let go of the disk, and close it."""
         self.graph.detach(self.backend)
         await self.graph.close(self.node)
+
+
+async def work_over_restless_storage(
+    graph: Graph, path: Path, size: int, *, suspends: float, requests: int, **options: object
+) -> None:
+    """Requests that wait for each other, over storage that lets others run in the middle of everything.
+
+    Args:
+        graph: closed by its owner.
+        path: the image; what became of it lies there afterwards, and QEMU has found it good.
+        size: bytes of the disk, which is empty.
+        suspends: how likely each request of the storage waits.
+        requests: so many at a time.
+        options: of the driver.
+    """
+    storage = await graph.open({"driver": RESTLESS, "size": 0, "seed": 5, "suspends": suspends, "node-name": "storage"})
+    restless(storage).data[:] = path.read_bytes()
+    work = await Workload.opened(graph, {"driver": "qcow2", "file": "storage", **options}, bytes(size), seed=7)
+    for _ in range(60):
+        await work.round(requests)
+    await work.check()
+    await work.close()
+    path.write_bytes(restless(storage).data)
+    assert is_sound(path)
+    assert read_by_qemu(path) == work.model
