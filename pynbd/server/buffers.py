@@ -6,7 +6,7 @@ for a large write that is as much as the write itself. So buffers are kept, up t
 
 import mmap
 
-from nbd_protocol.transmission import Request
+Buffer = bytes | bytearray | memoryview
 
 SMALLEST_BYTES = 64 << 10
 KEPT_BYTES = 16 << 20
@@ -40,27 +40,3 @@ class BufferPool:
         """Give all memory back to the system."""
         self._free.clear()
         self._kept = 0
-
-
-class Payload:
-    """The payload of a large write that is arriving in a buffer of its own."""
-
-    __slots__ = ("admitted", "buffer", "filled", "in_parts", "request", "reserved", "whole", "write_ns", "written")
-
-    def __init__(self, request: Request, arrived: memoryview) -> None:
-        self.request = request
-        self.buffer = arrived
-        self.filled = len(arrived)
-        self.reserved = 0
-        self.admitted = False  # whether it was counted against the client's rates
-        self.whole: memoryview | None = None
-        self.in_parts = True  # written as it arrives, so far
-        self.written = 0
-        self.write_ns = 0
-
-    def make_room(self, buffers: BufferPool) -> None:
-        """Memory was reserved: get a buffer for all of it."""
-        self.whole = buffers.take(self.request.length)
-        buffer = self.whole[: self.request.length]
-        buffer[: self.filled] = self.buffer
-        self.buffer = buffer

@@ -25,22 +25,23 @@ from time import perf_counter_ns
 import msgspec
 
 from nbd_protocol.constants import Command, CommandFlag, Errno
-from nbd_protocol.errors import RemoteProtocolError, errno_to_nbd
+from nbd_protocol.errors import RemoteProtocolError
 from nbd_protocol.negotiation_events import Ready
 from nbd_protocol.transmission import ExportRules, ExtendedReplies, Request, ServerTransmission, replies_for
 from pynbd.block.requests import RequestFlag
 from pynbd.block.statistics import Operation
 from pynbd.server import events
 from pynbd.server.budget import RESERVE_BYTES, Account
-from pynbd.server.buffers import BufferPool, Payload
+from pynbd.server.buffers import BufferPool
 from pynbd.server.events import about
 from pynbd.server.execution import HOLE_READ_BYTES, Execution, describe
 from pynbd.server.export import Export
 from pynbd.server.inline import InlineStarter
 from pynbd.server.limits import ClientLimits, Pace
-from pynbd.server.wire import PIECE_BYTES, Buffer, FileSpan, Item, SpanFile, Wire, has_hole, is_whole, together
-from pynbd.storage import linux
-from pynbd.storage.in_place import keeps_others_waiting
+from pynbd.server.payload import Payload
+from pynbd.server.span_reads import SpanReads
+from pynbd.server.spans import FileSpan, is_whole
+from pynbd.server.wire import PIECE_BYTES, Item, Wire, together
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +65,6 @@ MAX_BYTES_IN_FLIGHT = 64 << 20
 MAX_UNSENT_BYTES = 4 << 20
 """Answers that a client has not taken yet; beyond it no further requests of that client are looked at.
 Where the memory of the process runs short, it is the connection's reserve instead."""
-
-WRITTEN_PART_BYTES = 128 << 10
-"""Large payloads are written in parts of at least this length as they arrive, where nobody has to wait for it."""
 
 PAYLOAD_STEP_BYTES = 1 << 20
 """Memory for a payload is reserved in such steps, as the payload arrives."""
@@ -145,6 +143,7 @@ class Connection:
         self.warn = warn
         self._request_failed = request_failed or warn
         self._execution = Execution(export, self._replies, ready.contexts, self._request_failed)
+        self._spans = SpanReads(export, self._replies, warn, self._request_failed)
         self._pace = pace
         self._pace_timer: TimerHandle | None = None
         self._max_requests = min(limits.requests or MAX_REQUESTS_IN_FLIGHT, MAX_REQUESTS_IN_FLIGHT)
@@ -165,7 +164,6 @@ class Connection:
         self._continue_due = False
         self._blocked = False
         self._awaiting_budget = False
-        self._span_file: SpanFile | None = None
         self._ending = False
         self._lost = False
         self._closed = False
@@ -361,7 +359,7 @@ class Connection:
             return
         payload.filled += received
         if payload.in_parts:
-            self._write_part(payload)
+            payload.write_part(self.backend)
         self._advance_payload(payload)
 
     def _advance_payload(self, payload: Payload) -> None:
@@ -395,28 +393,6 @@ class Connection:
             return
         self.in_flight += 1
         self._run(payload.request, payload.buffer.toreadonly(), length, payload.whole)
-
-    def _write_part(self, payload: Payload) -> None:
-        """Write what has arrived of a payload, if the driver can do so at once: the processor's cache has it still.
-
-        Parts end where pages do, because others would have to be read first. Where a driver can't, the whole payload is
-        written again when it has arrived, the usual way. Of a payload that breaks off, parts stay written: as on any
-        disk, nothing is promised of a write that was not answered.
-        """
-        request = payload.request
-        offset, end = request.offset, payload.filled
-        if end < request.length:
-            end -= (offset + end) % linux.PAGE_BYTES
-            if end - payload.written < WRITTEN_PART_BYTES:
-                return
-        started = perf_counter_ns()
-        if keeps_others_waiting() or not self.backend.write_now(
-            offset + payload.written, payload.buffer[payload.written : end]
-        ):
-            payload.in_parts = False
-            return
-        payload.written = end
-        payload.write_ns += perf_counter_ns() - started
 
     def _all_parts_written(self, payload: Payload) -> None:
         """A large write has been made as it arrived: answer it, or make it durable first."""
@@ -697,39 +673,15 @@ class Connection:
 
     def _send_spans(self, request: Request) -> bool:
         """Answer a read from the page cache, if its bytes never move and are there; False if not."""
-        offset, length = request.offset, request.length
-        located = self.backend.locate(offset, length)
-        if located is None or located[2] != length or not self.export.located_for_good():
+        answer = self._spans.answer(request, self._span_sent)
+        if answer is None:
             return False
-        if request.flags & CommandFlag.DF:
-            return False
-        file = self._span_file
-        try:
-            # Files in memory (whose reads need no flag against waiting) are there always, also their holes.
-            if located[3] and linux.resident_bytes(located[0], located[1], length) != length:
-                return False
-            status = os.fstat(located[0])
-            if has_hole(located[0], located[1], length, status):
-                return False
-            if file is None or not file.serves(status):
-                file = self._span_file = SpanFile(located[0], status)
-        except OSError as problem:
-            self.warn(f"can't send from the page cache, so it is copied: {problem}")
-            return False
-        replies = self._replies
-
-        def finish(problem: OSError | None) -> Buffer:
-            self.in_flight -= 1
-            if problem is not None:
-                self._request_failed(f"export {self.export.name!r}: {describe(request)}: {problem}")
-                return replies.error(request, errno_to_nbd(problem.errno), str(problem))
-            self.backend.statistics.account(Operation.READ, 1, length, 0)
-            return replies.done(request)
-
         self.in_flight += 1
-        header = replies.read_data(request, offset, length, done=False)
-        self._out += [header, FileSpan(file, located[1], length, finish)]
+        self._out += answer
         return True
+
+    def _span_sent(self) -> None:
+        self.in_flight -= 1
 
     # --- sending ------------------------------------------------------------------------------------------
 

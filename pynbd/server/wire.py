@@ -12,7 +12,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 from pynbd.crypto.tls_socket import TlsSocket
+from pynbd.server.buffers import Buffer
 from pynbd.server.loop import ServingLoop
+from pynbd.server.spans import FileSpan
 from pynbd.storage import linux
 
 MAX_VECTORS = 512
@@ -32,87 +34,6 @@ BEHIND_BYTES = 256 << 10
 
 JOINED_ANSWER_BYTES = 32 << 10
 """Answers up to this length together are copied into one buffer: a vectored send costs more for small ones."""
-
-Buffer = bytes | bytearray | memoryview
-
-
-class SpanFile:
-    """A file that spans are sent from, and its descriptor for all of them.
-
-    It is a descriptor of its own: the file may be closed, or the node replaced, before a slow client has taken all.
-    And it is one: a client that asks for much and takes nothing must not use up the descriptors of the process.
-
-    Args:
-        fd: the open file.
-        status: which file that is.
-
-    Raises:
-        OSError: there are no more descriptors.
-    """
-
-    __slots__ = ("_identity", "fd", "spans")
-
-    def __init__(self, fd: int, status: os.stat_result) -> None:
-        self._identity = (status.st_dev, status.st_ino)
-        self.fd = os.dup(fd)
-        self.spans = 0
-
-    def serves(self, status: os.stat_result) -> bool:
-        """Whether it is open still, and can serve for another span of this file."""
-        return self.spans > 0 and (status.st_dev, status.st_ino) == self._identity
-
-    def release(self) -> None:
-        """One span less; with the last one the descriptor is closed."""
-        self.spans -= 1
-        if not self.spans:
-            os.close(self.fd)
-
-
-def has_hole(fd: int, offset: int, length: int, status: os.stat_result) -> bool:
-    """Whether part of a range was never written, or was given back: clients are told, and not sent zeroes.
-
-    A file that has all its blocks is not asked: the answer would take the longer, the larger the file is.
-
-    Raises:
-        OSError: the file is shorter than that.
-    """
-    return status.st_blocks * 512 < status.st_size and os.lseek(fd, offset, os.SEEK_HOLE) < offset + length
-
-
-def is_whole(fd: int, offset: int, length: int) -> bool:
-    """Whether a range of a file has no hole, and the file is as long as that."""
-    try:
-        return not has_hole(fd, offset, length, os.fstat(fd))
-    except OSError:
-        return False
-
-
-class FileSpan:
-    """Bytes that are sent straight from a file's pages, and what is to be sent behind them.
-
-    Args:
-        file: the open file; the span is one of its spans until it is released.
-        offset: where in it, in bytes.
-        length: how many bytes; exactly so many are sent, zeroes if the file fails.
-        finish: called when they have left, with the error if there was one; gives the end of the reply.
-    """
-
-    __slots__ = ("file", "finish", "length", "offset")
-
-    def __init__(self, file: SpanFile, offset: int, length: int, finish: Callable[[OSError | None], Buffer]) -> None:
-        self.file = file
-        file.spans += 1
-        self.offset = offset
-        self.length = length
-        self.finish = finish
-
-    def __len__(self) -> int:
-        return self.length
-
-    def release(self) -> None:
-        """It is sent, or never will be."""
-        self.file.release()
-
 
 Item = Buffer | FileSpan
 

@@ -3,8 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbd_protocol.transmission import Request
-from pynbd.server.buffers import KEPT_BYTES, SMALLEST_BYTES, BufferPool, Payload
+from pynbd.server.buffers import KEPT_BYTES, SMALLEST_BYTES, BufferPool
 
 
 @given(st.data())
@@ -33,14 +32,3 @@ def test_a_buffer_comes_back() -> None:
     pool.give(first)
     assert pool.take(70_000) is first
     assert pool.take(70_000) is not first
-
-
-def test_a_payload_keeps_what_has_arrived() -> None:
-    pool = BufferPool()
-    payload = Payload(Request(1, 0, 7, 0, 100_000), memoryview(b"the beginning"))
-    payload.make_room(pool)
-    assert len(payload.buffer) == 100_000
-    assert bytes(payload.buffer[:13]) == b"the beginning"
-    assert payload.filled == 13
-    assert payload.whole is not None
-    pool.give(payload.whole)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from nbd_protocol.constants import Command, CommandFlag, Errno, ReplyMode
 from pynbd.block.statistics import Operation
 from pynbd.server import connection as connection_module
+from pynbd.server import payload as payload_module
 from pynbd.server.budget import OVERDRAFT_BYTES, RESERVE_BYTES, PayloadBudget
 from pynbd.server.connection import Connection
 from tests.server.clients import (
@@ -379,7 +380,7 @@ def test_law_of_memory_that_is_reserved_in_steps(data: st.DataObject) -> None:
 @pytest.fixture
 def one_client(monkeypatch: pytest.MonkeyPatch) -> None:
     """As when nobody else is there, which only the loop of a server knows."""
-    monkeypatch.setattr(connection_module, "keeps_others_waiting", lambda: False)
+    monkeypatch.setattr(payload_module, "keeps_others_waiting", lambda: False)
 
 
 @pytest.mark.usefixtures("one_client")

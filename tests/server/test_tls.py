@@ -117,7 +117,7 @@ async def test_a_long_read_of_a_file(pki: Path, tmp_path: Path) -> None:
         (connection,) = served.server.connections
         for number in range(20):
             assert await client.read(number * KIB, 2 * MIB - number * KIB) == content[number * KIB :]
-        assert connection._span_file is not None
+        assert connection._spans._file is not None
         cookie = await client.send(Command.READ, 0, 2 * MIB)
         os.truncate(path, MIB)
         reply = await client.reply(cookie)

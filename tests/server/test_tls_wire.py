@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from pynbd.crypto.tls_socket import TlsSocket
+from pynbd.server.spans import FileSpan, SpanFile
 from pynbd.server.tls_wire import TlsWire
-from pynbd.server.wire import PIECE_BYTES, FileSpan, Item, SpanFile
+from pynbd.server.wire import PIECE_BYTES, Item
 from tests.crypto.tls_ends import credentials, secured
 from tests.server.clients import LIMIT_S, open_descriptors
 

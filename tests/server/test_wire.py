@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pynbd.server import wire as wire_module
-from pynbd.server.wire import PIECE_BYTES, FileSpan, Item, PlainWire, SpanFile, has_hole, together, tune
+from pynbd.server.spans import FileSpan, SpanFile
+from pynbd.server.wire import PIECE_BYTES, Item, PlainWire, together, tune
 from tests.server.clients import LIMIT_S, open_descriptors
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -298,19 +299,6 @@ async def test_more_buffers_than_one_call_takes() -> None:
         end.wire.send(list(items))
         expected = b"".join(bytes([n % 256]) * (n % 5) for n in range(len(items)))
         assert await end.receive(len(expected)) == expected
-
-
-def test_holes(tmp_path: Path) -> None:
-    path = tmp_path / "sparse"
-    with path.open("w+b") as opened:
-        opened.truncate(8 * MIB)
-        os.pwrite(opened.fileno(), b"x" * MIB, 2 * MIB)
-        status = os.fstat(opened.fileno())
-        assert has_hole(opened.fileno(), 0, MIB, status)
-        assert not has_hole(opened.fileno(), 2 * MIB, MIB, status)
-        assert has_hole(opened.fileno(), 2 * MIB, MIB + 4096, status)
-        with pytest.raises(OSError):
-            has_hole(opened.fileno(), 9 * MIB, MIB, status)
 
 
 def test_tcp_does_not_delay_and_notices_dead_peers() -> None:

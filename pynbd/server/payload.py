@@ -1,0 +1,56 @@
+"""`Payload`: what a large write brings, while it arrives."""
+
+from time import perf_counter_ns
+
+from nbd_protocol.transmission import Request
+from pynbd.block.backend import BlockBackend
+from pynbd.server.buffers import BufferPool
+from pynbd.storage import linux
+from pynbd.storage.in_place import keeps_others_waiting
+
+WRITTEN_PART_BYTES = 128 << 10
+"""Large payloads are written in parts of at least this length as they arrive, where nobody has to wait for it."""
+
+
+class Payload:
+    """The payload of a large write that is arriving in a buffer of its own."""
+
+    __slots__ = ("admitted", "buffer", "filled", "in_parts", "request", "reserved", "whole", "write_ns", "written")
+
+    def __init__(self, request: Request, arrived: memoryview) -> None:
+        self.request = request
+        self.buffer = arrived
+        self.filled = len(arrived)
+        self.reserved = 0
+        self.admitted = False  # whether it was counted against the client's rates
+        self.whole: memoryview | None = None
+        self.in_parts = True  # written as it arrives, so far
+        self.written = 0
+        self.write_ns = 0
+
+    def make_room(self, buffers: BufferPool) -> None:
+        """Memory was reserved: get a buffer for all of it."""
+        self.whole = buffers.take(self.request.length)
+        buffer = self.whole[: self.request.length]
+        buffer[: self.filled] = self.buffer
+        self.buffer = buffer
+
+    def write_part(self, backend: BlockBackend) -> None:
+        """Write what has arrived, if the driver can do so at once: the processor's cache has it still.
+
+        Parts end where pages do, because others would have to be read first. Where a driver can't, the whole payload is
+        written again when it has arrived, the usual way. Of a payload that breaks off, parts stay written: as on any
+        disk, nothing is promised of a write that was not answered.
+        """
+        offset, end = self.request.offset, self.filled
+        if end < self.request.length:
+            end -= (offset + end) % linux.PAGE_BYTES
+            if end - self.written < WRITTEN_PART_BYTES:
+                return
+        started = perf_counter_ns()
+        part = self.buffer[self.written : end]
+        if keeps_others_waiting() or not backend.write_now(offset + self.written, part):
+            self.in_parts = False
+            return
+        self.written = end
+        self.write_ns += perf_counter_ns() - started

@@ -1,0 +1,75 @@
+"""`SpanReads`: the reads of a connection that are sent straight from a file's pages."""
+
+import os
+from collections.abc import Callable
+
+from nbd_protocol.constants import CommandFlag
+from nbd_protocol.errors import errno_to_nbd
+from nbd_protocol.transmission import Replies, Request
+from pynbd.block.statistics import Operation
+from pynbd.server.buffers import Buffer
+from pynbd.server.execution import describe
+from pynbd.server.export import Export
+from pynbd.server.spans import FileSpan, SpanFile, has_hole
+from pynbd.server.wire import Item
+from pynbd.storage import linux
+
+
+class SpanReads:
+    """The reads of one connection that can be answered so.
+
+    Args:
+        export: what is read.
+        replies: the framing of its replies.
+        warn: logs what went wrong.
+        request_failed: logs which request has failed, and why.
+    """
+
+    def __init__(
+        self, export: Export, replies: Replies, warn: Callable[[str], None], request_failed: Callable[[str], None]
+    ) -> None:
+        self.export = export
+        self.backend = export.backend
+        self._replies = replies
+        self._warn = warn
+        self._request_failed = request_failed
+        self._file: SpanFile | None = None
+
+    def answer(self, request: Request, ended: Callable[[], None]) -> list[Item] | None:
+        """The reply to a read, if its bytes never move and are in the page cache; None if not.
+
+        Args:
+            request: the read.
+            ended: called when the bytes have left.
+        """
+        offset, length = request.offset, request.length
+        located = self.backend.locate(offset, length)
+        if located is None or located[2] != length or not self.export.located_for_good():
+            return None
+        if request.flags & CommandFlag.DF:
+            return None
+        file = self._file
+        try:
+            # Files in memory (whose reads need no flag against waiting) are there always, also their holes.
+            if located[3] and linux.resident_bytes(located[0], located[1], length) != length:
+                return None
+            status = os.fstat(located[0])
+            if has_hole(located[0], located[1], length, status):
+                return None
+            if file is None or not file.serves(status):
+                file = self._file = SpanFile(located[0], status)
+        except OSError as problem:
+            self._warn(f"can't send from the page cache, so it is copied: {problem}")
+            return None
+        replies = self._replies
+
+        def finish(problem: OSError | None) -> Buffer:
+            ended()
+            if problem is not None:
+                self._request_failed(f"export {self.export.name!r}: {describe(request)}: {problem}")
+                return replies.error(request, errno_to_nbd(problem.errno), str(problem))
+            self.backend.statistics.account(Operation.READ, 1, length, 0)
+            return replies.done(request)
+
+        header = replies.read_data(request, offset, length, done=False)
+        return [header, FileSpan(file, located[1], length, finish)]
