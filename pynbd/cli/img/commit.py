@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any
 from pynbd.cli.img import arguments as common
 
 if TYPE_CHECKING:
-    from pynbd.block.extents import ChainExtent
     from pynbd.block.graph import Graph
     from pynbd.block.node import Node
-    from pynbd.cli.img.images import Image
 
 REQUESTS = 8
 PIECE_BYTES = 2 << 20
@@ -93,32 +91,6 @@ async def _open(
     return base, top
 
 
-class Above:
-    """What an image holds above a base.
-
-    Args:
-        image: the image.
-        base: the backing file where it ends.
-    """
-
-    def __init__(self, image: Image, base: Node) -> None:
-        self._image = image
-        self._base = base
-
-    @property
-    def size(self) -> int:
-        """The length of the disk in bytes."""
-        return self._image.size
-
-    async def read(self, offset: int, into: memoryview) -> None:
-        """Fill `into`."""
-        await self._image.read(offset, into)
-
-    async def block_status(self, offset: int, length: int) -> Sequence[ChainExtent]:
-        """What lies where; of depth 0 is what the base has already."""
-        return await self._image.block_status(offset, length, self._base)
-
-
 async def _commit(graph: Graph, arguments: argparse.Namespace, top: Node, base: Node, interruption: Any) -> None:
     from pynbd.block.drain import drained
     from pynbd.block.errors import BlockError
@@ -127,6 +99,7 @@ async def _commit(graph: Graph, arguments: argparse.Namespace, top: Node, base: 
     from pynbd.block.permissions import Permission
     from pynbd.cli.copier import Copier
     from pynbd.cli.img.images import attached
+    from pynbd.cli.img.sources import Above
     from pynbd.cli.progress import shown
 
     async with (

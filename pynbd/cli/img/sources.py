@@ -1,4 +1,4 @@
-"""What `convert` reads: an image, several behind one another, or what an image has over its backing file."""
+"""What is copied: several images behind one another, or what an image has over its backing file."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pynbd.block.extents import ChainExtent, Status
 
 if TYPE_CHECKING:
     from pynbd.block.driver import Location
+    from pynbd.block.node import Node
     from pynbd.cli.img.images import Image
 
 
@@ -56,17 +57,17 @@ class Concatenation:
         return await self._images[number].block_status(offset - self._starts[number], length)
 
 
-class Top:
-    """What an image has over its backing file, for a target with a backing file that holds the rest.
+class Above:
+    """What an image holds above a base.
 
     Args:
         image: the image.
-        backing_bytes: the length of the target's backing file; behind it the target reads as zeroes.
+        base: the backing file where it ends; None for all that the image shows.
     """
 
-    def __init__(self, image: Image, backing_bytes: int) -> None:
+    def __init__(self, image: Image, base: Node | None) -> None:
         self._image = image
-        self._backing_bytes = backing_bytes
+        self._base = base
 
     @property
     def size(self) -> int:
@@ -82,9 +83,25 @@ class Top:
         return self._image.locate(offset, length)
 
     async def block_status(self, offset: int, length: int) -> Sequence[ChainExtent]:
+        """What lies where; of depth 0 is what the base has already."""
+        return await self._image.block_status(offset, length, self._base)
+
+
+class Top(Above):
+    """What an image has over its backing file, for a target with a backing file that holds the rest.
+
+    Args:
+        image: the image.
+        backing_bytes: the length of the target's backing file; behind it the target reads as zeroes.
+    """
+
+    def __init__(self, image: Image, backing_bytes: int) -> None:
+        super().__init__(image, image.node.backing())
+        self._backing_bytes = backing_bytes
+
+    async def block_status(self, offset: int, length: int) -> Sequence[ChainExtent]:
         """What lies where; of depth 0 is what the target shows without being written to."""
         if offset < self._backing_bytes:
-            length = min(length, self._backing_bytes - offset)
-            return await self._image.block_status(offset, length, self._image.node.backing())
-        found = await self._image.block_status(offset, length, self._image.node.backing())
+            return await super().block_status(offset, min(length, self._backing_bytes - offset))
+        found = await super().block_status(offset, length)
         return [ChainExtent(extent.length, Status.NONE, 0) if extent.zero else extent for extent in found]
