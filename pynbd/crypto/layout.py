@@ -13,12 +13,12 @@ from construct import Bytes, ConstructError, Int16ub, Int32ub, Struct
 from pynbd.block.alignment import round_up
 from pynbd.block.errors import ImageError
 from pynbd.crypto.ciphers import AES_KEY_BYTES, CipherSpec
+from pynbd.crypto.luks_options import SLOTS
 
 MAGIC = b"LUKS\xba\xbe"
 VERSION = 1
 
 SECTOR_BYTES = 512
-SLOTS = 8
 STRIPES = 4000
 """Into how many pieces a master key is split; the specification gives no other number, and QEMU takes no other."""
 

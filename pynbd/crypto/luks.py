@@ -15,7 +15,7 @@ import asyncio
 import os
 import uuid
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -25,16 +25,11 @@ from pynbd.crypto import antiforensic, layout
 from pynbd.crypto.ciphers import CipherSpec, SectorCipher, make_cipher
 from pynbd.crypto.hashes import check_hash, derive_key, iterations_in
 from pynbd.crypto.layout import Header, KeySlot
+from pynbd.crypto.luks_options import DEFAULT_ITER_TIME_MS, SLOTS, LuksAmendOptions, LuksOptions
 from pynbd.crypto.secrets import Secret
-
-DEFAULT_ITER_TIME_MS = 2000
-MAX_ITER_TIME_MS = 600_000
-"""Ten minutes for each try of a passphrase."""
 
 DIGEST_SHARE = 8
 """The digest of the master key takes an eighth of the time of a slot, as in QEMU."""
-
-IterTime = Annotated[int, msgspec.Meta(ge=1, le=MAX_ITER_TIME_MS)]
 
 
 class HeaderStore(Protocol):
@@ -54,60 +49,21 @@ class HeaderStore(Protocol):
         """Make what was written durable. Raises OSError."""
 
 
-class LuksOptions(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
-    """What a new container takes, by the names of `qemu-img create -f luks -o`.
+def cipher_of(options: LuksOptions) -> CipherSpec:
+    """The cipher of a new container.
 
-    Args:
-        key_secret: the secret with the passphrase of the first key slot.
-        cipher_alg: `aes-128`, `aes-192`, `aes-256`.
-        cipher_mode: `xts`, `cbc`, `ctr`, `ecb`.
-        ivgen_alg: `plain64`, `plain`, `essiv`.
-        ivgen_hash_alg: of `essiv`; `sha256` if not given.
-        hash_alg: of PBKDF2 and of the splitter.
-        iter_time: milliseconds that each try of a passphrase takes on this machine.
+    Raises:
+        OptionError: there is no such cipher.
     """
-
-    key_secret: str = ""
-    cipher_alg: str = "aes-256"
-    cipher_mode: str = "xts"
-    ivgen_alg: str = "plain64"
-    ivgen_hash_alg: str = ""
-    hash_alg: str = "sha256"
-    iter_time: IterTime = DEFAULT_ITER_TIME_MS
-
-    def cipher(self) -> CipherSpec:
-        """The cipher.
-
-        Raises:
-            OptionError: there is no such cipher.
-        """
-        hash_name = (self.ivgen_hash_alg or "sha256") if self.ivgen_alg == "essiv" else ""
-        spec = CipherSpec(
-            cipher_alg=self.cipher_alg,
-            cipher_mode=self.cipher_mode,
-            ivgen_alg=self.ivgen_alg,
-            ivgen_hash_alg=hash_name,
-        )
-        spec.check()
-        return spec
-
-
-class LuksAmendOptions(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
-    """Changes of key slots, by the names of `qemu-img amend -f luks -o`.
-
-    Args:
-        state: what becomes of the slots: `active` puts a passphrase into one, `inactive` erases.
-        keyslot: which slot; a free one is found if it is not given.
-        new_secret: the secret with the new passphrase (active).
-        old_secret: erase all slots that this passphrase opens (inactive).
-        iter_time: milliseconds that each try of the new passphrase takes.
-    """
-
-    state: Literal["active", "inactive"]
-    keyslot: Annotated[int, msgspec.Meta(ge=0, lt=layout.SLOTS)] | None = None
-    new_secret: str | None = None
-    old_secret: str | None = None
-    iter_time: IterTime | None = None
+    hash_name = (options.ivgen_hash_alg or "sha256") if options.ivgen_alg == "essiv" else ""
+    spec = CipherSpec(
+        cipher_alg=options.cipher_alg,
+        cipher_mode=options.cipher_mode,
+        ivgen_alg=options.ivgen_alg,
+        ivgen_hash_alg=hash_name,
+    )
+    spec.check()
+    return spec
 
 
 def header_bytes(options: LuksOptions) -> int:
@@ -116,7 +72,7 @@ def header_bytes(options: LuksOptions) -> int:
     Raises:
         OptionError: there is no such cipher.
     """
-    return layout.slot_sectors(options.cipher().key_bytes)[1] * layout.SECTOR_BYTES
+    return layout.slot_sectors(cipher_of(options).key_bytes)[1] * layout.SECTOR_BYTES
 
 
 class Luks:
@@ -156,7 +112,7 @@ class Luks:
         Raises:
             OptionError: a cipher or a hash is not there. OSError: it could not be written; the store holds anything.
         """
-        spec = options.cipher()
+        spec = cipher_of(options)
         check_hash(options.hash_alg, "hash-alg")
         key = os.urandom(spec.key_bytes)
         make_cipher(spec, key)
@@ -308,10 +264,10 @@ class Luks:
         await self._fill_slot(number, key, new, iterations)
 
     def _slot_to_fill(self, wanted: int | None) -> int:
-        free = [number for number in range(layout.SLOTS) if number not in self.active_slots()]
+        free = [number for number in range(SLOTS) if number not in self.active_slots()]
         if wanted is None:
             if not free:
-                raise OptionError(f"{self._image}: all {layout.SLOTS} key slots are in use; erase one first")
+                raise OptionError(f"{self._image}: all {SLOTS} key slots are in use; erase one first")
             return free[0]
         if wanted not in free:
             raise OptionError(f"keyslot: {wanted} is in use; erase it first")

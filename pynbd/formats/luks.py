@@ -25,7 +25,8 @@ from pynbd.block.permissions import ChildRole, Permission
 from pynbd.block.requests import RequestFlag
 from pynbd.crypto.ciphers import PIECE_BYTES, SECTOR_BYTES, SectorCipher
 from pynbd.crypto.layout import MAGIC
-from pynbd.crypto.luks import DEFAULT_ITER_TIME_MS, IterTime, Luks, LuksAmendOptions, LuksOptions, header_bytes
+from pynbd.crypto.luks import Luks, header_bytes
+from pynbd.crypto.luks_options import DEFAULT_ITER_TIME_MS, IterTime, LuksAmendOptions, LuksOptions
 from pynbd.crypto.secrets import Secret
 
 WRITE_BYTES = 1 << 20

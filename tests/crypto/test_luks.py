@@ -12,7 +12,8 @@ from pynbd.block.errors import BlockError, ImageError, OptionError
 from pynbd.block.objects import Objects
 from pynbd.crypto import layout, luks
 from pynbd.crypto.ciphers import CipherSpec, SectorCipher, make_cipher
-from pynbd.crypto.luks import Luks, LuksAmendOptions, LuksOptions, header_bytes
+from pynbd.crypto.luks import Luks, header_bytes
+from pynbd.crypto.luks_options import LuksAmendOptions, LuksOptions
 
 FAST = LuksOptions(iter_time=1, cipher_alg="aes-128", cipher_mode="cbc")
 

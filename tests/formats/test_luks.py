@@ -21,6 +21,7 @@ from pynbd.block.graph import Graph
 from pynbd.block.permissions import Permission
 from pynbd.block.probing import probe_format
 from pynbd.crypto.layout import MAGIC
+from pynbd.crypto.luks_options import LuksOptions
 from pynbd.formats.luks import LuksCreationOptions, LuksFormat
 from tests.formats.luks_images import SIZE, content, create, objects, opened
 
@@ -212,6 +213,9 @@ async def test_measure(tmp_path: Path) -> None:
 def test_every_option_of_a_container_is_one_of_the_format() -> None:
     options = LuksCreationOptions(cipher_alg="aes-128", iter_time=7, preallocation=Preallocation.FULL)
     assert msgspec.to_builtins(options.container()).items() <= msgspec.to_builtins(options).items()
+    own = {field.name: (field.type, field.default) for field in msgspec.structs.fields(LuksCreationOptions)}
+    for field in msgspec.structs.fields(LuksOptions):
+        assert own[field.name] == (field.type, field.default)
 
 
 # --- key slots ------------------------------------------------------------------------------------------------

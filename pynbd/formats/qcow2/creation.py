@@ -327,9 +327,8 @@ def crypto_header_bytes(options: Qcow2CreationOptions) -> int:
     if crypt_method(options) != CryptMethod.LUKS:
         return 0
     from pynbd.crypto.luks import header_bytes
-    from pynbd.formats.qcow2.encryption import container_options
 
-    return header_bytes(container_options(options.encrypt))
+    return header_bytes(options.encrypt)
 
 
 def _passphrase(options: Qcow2CreationOptions, file: BlockBackend) -> bytes:
@@ -342,9 +341,9 @@ async def _write_crypto(
     file: BlockBackend, options: Qcow2CreationOptions, passphrase: bytes, offset: int, name: str
 ) -> None:
     from pynbd.crypto.luks import Luks
-    from pynbd.formats.qcow2.encryption import HeaderInClusters, container_options
+    from pynbd.formats.qcow2.encryption import HeaderInClusters
 
-    await Luks.create(HeaderInClusters(file, offset), container_options(options.encrypt), passphrase, name)
+    await Luks.create(HeaderInClusters(file, offset), options.encrypt, passphrase, name)
 
 
 # --- measuring ------------------------------------------------------------------------------------------------

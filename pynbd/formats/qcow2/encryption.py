@@ -7,14 +7,11 @@ encrypted image is refused). LUKS counts sectors from the beginning of the file,
 import asyncio
 from typing import Any
 
-import msgspec
-
-from pynbd.block import options as opt
 from pynbd.block.alignment import pieces
 from pynbd.block.errors import OptionError
 from pynbd.block.objects import Objects
 from pynbd.crypto.ciphers import PIECE_BYTES, SECTOR_BYTES, SectorCipher, legacy_aes_cipher
-from pynbd.crypto.luks import Luks, LuksAmendOptions, LuksOptions
+from pynbd.crypto.luks import Luks
 from pynbd.crypto.secrets import Secret
 from pynbd.formats.qcow2.encrypt_options import EncryptAmendOptions, EncryptCreationOptions, EncryptOptions
 from pynbd.formats.qcow2.header_file import Storage
@@ -115,11 +112,6 @@ class Encryption:
         return said | (self.luks.describe() if self.luks is not None else {})
 
 
-def container_options(options: EncryptCreationOptions) -> LuksOptions:
-    """What a LUKS header takes of the options of a new image."""
-    return LuksOptions(**{name: getattr(options, name) for name in LuksOptions.__struct_fields__})
-
-
 def passphrase_of(options: EncryptCreationOptions, objects: Objects) -> bytes:
     """The passphrase of a new image.
 
@@ -136,8 +128,5 @@ async def amend_keys(
 ) -> None:
     """Fill or erase key slots; see `Luks.amend`."""
     assert encryption.luks is not None
-    given = {name: value for name, value in msgspec.to_builtins(changes).items() if value is not None}
-    given.pop("format")
-    wanted = opt.convert(given, LuksAmendOptions, path="encrypt.", driver="qcow2")
     passphrase = objects.find(options.key_secret, Secret).passphrase() if options.key_secret is not None else None
-    await encryption.luks.amend(wanted, objects, passphrase)
+    await encryption.luks.amend(changes, objects, passphrase)

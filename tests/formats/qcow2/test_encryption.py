@@ -157,3 +157,32 @@ async def test_key_slots_are_filled_and_erased(graph: Graph, tmp_path: Path) -> 
         await graph.open(description(path))
     image = image_options(path, "luks").replace("key-secret=s0", "key-secret=s1")
     qemu("qemu-io", *qemu_secrets(), "-c", "read 0 64k", "--image-opts", image)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"keyslot": "8"}, r"encrypt\.keyslot: .*<= 7"),
+        ({"iter-time": "600001"}, r"encrypt\.iter-time: .*<= 600000"),
+        ({"state": "gone"}, r"encrypt\.state: "),
+    ],
+)
+async def test_changes_of_key_slots_have_limits(
+    graph: Graph, tmp_path: Path, changes: dict[str, str], expected: str
+) -> None:
+    """Those of a container of its own, and nothing has been written then."""
+    path = tmp_path / "image.qcow2"
+    await create(graph, path, options_of("luks"))
+    work = await Workload.opened(graph, description(path), bytes(SIZE), seed=5)
+    before = path.read_bytes()
+    with pytest.raises(OptionError, match=expected):
+        await work.driver.amend({"encrypt": {"state": "active", "new-secret": "s1", **changes}})
+    assert path.read_bytes() == before
+    await work.close()
+
+
+async def test_a_container_takes_at_most_so_long(graph: Graph, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"encrypt\.iter-time: .*<= 600000"):
+        await create(
+            graph, tmp_path / "image.qcow2", "encrypt.format=luks,encrypt.key-secret=s0,encrypt.iter-time=600001"
+        )
