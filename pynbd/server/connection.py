@@ -598,7 +598,8 @@ class Connection:
             return False
         if kind == DISC:
             return True
-        if length >= HOLE_READ_BYTES and kind == READ and self._can_send_spans and self._send_spans(request):
+        # What is shorter was tried in place, and is not in memory.
+        if length > INLINE_READ_BYTES and kind == READ and self._can_send_spans and self._send_spans(request):
             return True
         if length and not self.account.take(length, self._budget_is_back):
             self._awaiting_budget = True

@@ -51,7 +51,7 @@ class SpanReads:
         file = self._file
         try:
             # Files in memory (whose reads need no flag against waiting) are there always, also their holes.
-            if located[3] and linux.resident_bytes(located[0], located[1], length) != length:
+            if located[3] and not linux.readable_at_once(located[0], located[1], length):
                 return None
             status = os.fstat(located[0])
             if has_hole(located[0], located[1], length, status):

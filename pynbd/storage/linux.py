@@ -272,6 +272,8 @@ CACHESTAT_BYTES = 5 * 8
 """struct cachestat: pages that are cached, dirty, being written, evicted, and evicted lately."""
 
 PAGE_BYTES = os.sysconf("SC_PAGESIZE")
+PROBE_BYTES = 128 << 10
+"""How much the kernel reads ahead at a time, unless the device says otherwise."""
 
 
 class _Cachestats:
@@ -299,3 +301,25 @@ def resident_bytes(fd: int, offset: int, length: int) -> int | None:
     (cached,) = struct.unpack_from("Q", found.raw)
     touched = (offset + length - 1) // PAGE_BYTES - offset // PAGE_BYTES + 1
     return max(length - (touched - int(cached)) * PAGE_BYTES, 0)
+
+
+def readable_at_once(fd: int, offset: int, length: int) -> bool:
+    """Whether a range is in the page cache, so that to read it does not wait for the disk.
+
+    Pages that are on their way from the disk count as there; whether they have come, only a read tells that may not
+    wait. The kernel fetches them in steps of about `PROBE_BYTES`, so a byte of each step is read. False where the
+    kernel (or the file) can't tell.
+
+    Raises:
+        OSError: the file can't be read there.
+    """
+    if resident_bytes(fd, offset, length) != length:
+        return False
+    byte = (bytearray(1),)
+    try:
+        for position in (*range(offset, offset + length, PROBE_BYTES), offset + length - 1):
+            if not os.preadv(fd, byte, position, os.RWF_NOWAIT):
+                return False
+    except BlockingIOError:
+        return False
+    return True

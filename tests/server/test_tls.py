@@ -107,7 +107,7 @@ async def test_large_payloads_of_many_requests_at_once(pki: Path) -> None:
 
 
 async def test_a_long_read_of_a_file(pki: Path, tmp_path: Path) -> None:
-    """What goes straight from the page cache to a plain socket is encrypted here; also what can't be read."""
+    """What goes straight from the page cache to a plain socket is encrypted here; also where the file ends too early."""
     path = tmp_path / "disk"
     content = random.Random(3).randbytes(2 * MIB)
     path.write_bytes(content)
@@ -121,7 +121,7 @@ async def test_a_long_read_of_a_file(pki: Path, tmp_path: Path) -> None:
         cookie = await client.send(Command.READ, 0, 2 * MIB)
         os.truncate(path, MIB)
         reply = await client.reply(cookie)
-        assert reply.error or reply.data == content
+        assert reply.error or reply.data in (content, content[:MIB] + bytes(MIB))
         assert await client.disconnect()
 
 

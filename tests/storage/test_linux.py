@@ -105,6 +105,34 @@ def test_resident_bytes_follows_the_page_cache(fd: int) -> None:
     assert linux.resident_bytes(fd, 0, 2 * PAGE) == PAGE
 
 
+def test_a_range_is_readable_at_once_when_its_pages_have_come(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if linux.nowait_flags(fd) is None or linux.resident_bytes(fd, 0, PAGE) is None:
+        pytest.skip("no RWF_NOWAIT or no cachestat")
+    os.ftruncate(fd, 3 * linux.PROBE_BYTES)
+    os.pwrite(fd, b"x" * (3 * linux.PROBE_BYTES), 0)
+    os.fsync(fd)
+    assert linux.readable_at_once(fd, 5, 3 * linux.PROBE_BYTES - 5)
+    assert not linux.readable_at_once(fd, 5, 3 * linux.PROBE_BYTES)
+    asked: list[int] = []
+    preadv = os.preadv
+
+    def read_on_its_way(fd: int, into: tuple[bytearray], offset: int, flags: int) -> int:
+        """A page that was asked for, and has not come."""
+        asked.append(offset)
+        if offset == 2 * linux.PROBE_BYTES:
+            raise BlockingIOError
+        return preadv(fd, into, offset, flags)
+
+    monkeypatch.setattr(os, "preadv", read_on_its_way)
+    assert not linux.readable_at_once(fd, 0, 3 * linux.PROBE_BYTES)
+    assert linux.readable_at_once(fd, 0, 2 * linux.PROBE_BYTES)
+    assert asked == [0, linux.PROBE_BYTES, 2 * linux.PROBE_BYTES, 0, linux.PROBE_BYTES, 2 * linux.PROBE_BYTES - 1]
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    asked.clear()
+    assert not linux.readable_at_once(fd, 0, PAGE)
+    assert not asked, "a read would have begun to fetch the pages"
+
+
 def test_resident_bytes_of_a_closed_file(fd: int) -> None:
     other = os.dup(fd)
     os.close(other)
