@@ -137,9 +137,14 @@ class Refcounts:
             block = await self.block(index)
             if block is None:
                 continue
-            for at in range(start, stop):
-                if block.words[at] == 1:
-                    join(found, index * self.per_block + at)
+            counts, first = block.words[start:stop], index * self.per_block + start
+            if is_uniform(counts, counts[0]):
+                if counts[0] == 1:
+                    join(found, first, stop - start)
+                continue
+            for at, count in enumerate(counts, first):
+                if count == 1:
+                    join(found, at)
         return found
 
     # --- changing ------------------------------------------------------------------------------------------
@@ -182,10 +187,11 @@ class Refcounts:
         for index, start, stop in self.by_block(first, count):
             block = await self.block(index)
             counts = block.words[start:stop] if block is not None else array("B", [0])
-            if in_use and 0 in counts:
+            same = is_uniform(counts, counts[0])
+            if in_use and (not counts[0] if same else 0 in counts):
                 offset = (index * self.per_block + start + counts.index(0)) * self.header.cluster_size
                 raise ImageError(self.image, "this cluster is in use, but nobody counted it", offset)
-            if max(counts) + by > self.most:
+            if (counts[0] if same else max(counts)) + by > self.most:
                 what = f"more than {self.most} references to a cluster ({1 << self.order} refcount bits)"
                 raise io_error(errno.EFBIG, self.image, what)
 
@@ -193,9 +199,13 @@ class Refcounts:
         """Add to the entries [start, stop) of the block whose first cluster is `base`; notes what becomes free."""
         piece = counts[start:stop]
         value = piece[0] + by
-        if value > 0 and piece.count(piece[0]) == stop - start:
+        if value >= 0 and is_uniform(piece, piece[0]):
             # Neighbours mostly have the same count; then this is faster by far.
             counts[start:stop] = array(counts.typecode, [value]) * (stop - start)
+            if not value:
+                join(freed, base + start, stop - start)
+                if base + start <= self.packing < base + stop:
+                    self.packing = -1
             return
         for at in range(start, stop):
             value = counts[at] + by
@@ -362,9 +372,14 @@ class Refcounts:
         self.table_moved = True
 
 
-def join(runs: list[Run], cluster: int) -> None:
-    """Add a cluster behind all others: to the last run, if it follows that."""
-    if runs and runs[-1].first + runs[-1].clusters == cluster:
-        runs[-1] = Run(runs[-1].first, runs[-1].clusters + 1)
+def is_uniform(counts: "array[int]", count: int) -> bool:
+    """Whether all counts are the same."""
+    return counts == array(counts.typecode, [count]) * len(counts)
+
+
+def join(runs: list[Run], first: int, clusters: int = 1) -> None:
+    """Add clusters behind all others: to the last run, if they follow that."""
+    if runs and runs[-1].first + runs[-1].clusters == first:
+        runs[-1] = Run(runs[-1].first, runs[-1].clusters + clusters)
     else:
-        runs.append(Run(cluster, 1))
+        runs.append(Run(first, clusters))

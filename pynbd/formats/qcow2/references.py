@@ -6,22 +6,20 @@ another cluster. Counts and flags of many tables can't change at once: `in_doubt
 
 import contextlib
 import logging
-import sys
 from array import array
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 
 from pynbd.block.errors import ImageError
 from pynbd.formats.qcow2.given_up import Cause
 from pynbd.formats.qcow2.image import Image
-from pynbd.formats.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK
+from pynbd.formats.qcow2.layout import COPIED, OFFSET_MASK
 from pynbd.formats.qcow2.mapping import ClusterMapping
 from pynbd.formats.qcow2.overlap import Kind
-from pynbd.formats.qcow2.refcounts import Run, join
+from pynbd.formats.qcow2.refcounts import Run, is_uniform, join
+from pynbd.formats.qcow2.runs import RunFinder, number_of, repeated, words_of
 from pynbd.formats.qcow2.tables import to_disk
 
 log = logging.getLogger(__name__)
-
-PLACE = COPIED | OFFSET_MASK
 
 MAX_CHANGED_TABLES = 256
 """L2 tables that are changed before they are written."""
@@ -46,31 +44,6 @@ async def in_doubt(image: Image) -> AsyncIterator[None]:
             await image.set_dirty(on=False)
 
 
-def data_runs(words: "array[int]", step: int, cluster: int) -> Iterator[tuple[int, int, int]]:
-    """(index, clusters, entry) of all runs of entries whose host clusters follow each other, and whose flags are alike.
-
-    Args:
-        words: of an L2 table.
-        step: words of an entry.
-        cluster: bytes of a cluster.
-    """
-    begin = count = first = 0
-    expected = -1
-    for index, entry in enumerate(words[::step] if step > 1 else words):
-        place = entry & PLACE
-        if place == expected and not entry & COMPRESSED:
-            count += 1
-            expected += cluster
-            continue
-        if count:
-            yield begin, count, first
-            count, expected = 0, -1
-        if place & OFFSET_MASK and not entry & COMPRESSED:
-            begin, count, first, expected = index, 1, place, place + cluster
-    if count:
-        yield begin, count, first
-
-
 class References:
     """What L1 tables of one image refer to. Nobody else is at work on the image meanwhile.
 
@@ -82,13 +55,8 @@ class References:
     def __init__(self, image: Image, map: ClusterMapping) -> None:
         self.image = image
         self.map = map
-        bitmap = b"\xff" * 8 * (map.words - 1)
-        entry = (COPIED - 1).to_bytes(8, sys.byteorder) + bitmap
-        self._all_but_copied = {
-            size: int.from_bytes(entry * (size // len(entry)), sys.byteorder)
-            for size in (map.cluster, image.slice_bytes)
-        }
-        """Bytes of entries → a number that has all bits but these flags."""
+        self.runs = RunFinder(map.words, map.cluster)
+        self._flags: dict[int, int] = {}
 
     async def table(self, l1_index: int, offset: int) -> "array[int]":
         """The entries of an L2 table of any L1 table: not to be changed.
@@ -108,18 +76,17 @@ class References:
         bits, cluster = self.map.bits, self.map.cluster
         words = await self.table(l1_index, offset)
         found = [(Run(offset >> bits, 1), 1)]
-        for index, count, entry in data_runs(words, self.map.words, cluster):
+        for index, count, entry in self.runs.data_runs(words):
             host = entry & OFFSET_MASK
             if host & (cluster - 1):
                 what = f"entry {index} points to a cluster at {host:#x}, expected a multiple of {cluster}"
                 raise await self.image.corrupted(what, offset)
             found.append((Run(host >> bits, count), 1))
         packed: dict[int, int] = {}
-        for entry in words[:: self.map.words]:
-            if entry & COMPRESSED:
-                place, length = self.map.compressed_place(entry)
-                for number in range(place >> bits, ((place + length - 1) >> bits) + 1):
-                    packed[number] = packed.get(number, 0) + 1
+        for entry in self.runs.compressed(words):
+            place, length = self.map.compressed_place(entry)
+            for number in range(place >> bits, ((place + length - 1) >> bits) + 1):
+                packed[number] = packed.get(number, 0) + 1
         found += grouped(packed)
         return found
 
@@ -198,8 +165,14 @@ class References:
 
     def without_copied(self, words: "array[int]") -> "array[int]":
         """The entries of an L2 table, or of a slice of one, without any COPIED flag."""
-        cleared = int.from_bytes(words.tobytes(), sys.byteorder) & self._all_but_copied[len(words) * 8]
-        return array("Q", cleared.to_bytes(len(words) * 8, sys.byteorder))
+        flags = self._copied_flags(len(words) // self.map.words)
+        return words_of((number_of(words) | flags) ^ flags, len(words))
+
+    def _copied_flags(self, entries: int) -> int:
+        """A number of so many entries that have this flag and nothing else."""
+        if entries not in self._flags:
+            self._flags = {entries: repeated(COPIED, entries, self.map.words)}
+        return self._flags[entries]
 
     async def clear_copied(self) -> None:
         """All that the active L1 table leads to is shared from now on."""
@@ -241,17 +214,24 @@ class References:
 
     async def _restore_copied_in(self, number: int) -> None:
         """The same for a slice of an L2 table."""
-        image, step, cluster, bits = self.image, self.map.words, self.map.cluster, self.map.bits
+        image, step, bits = self.image, self.map.words, self.map.bits
         words = await self.changeable(number)
-        for at, count, entry in list(data_runs(words, step, cluster)):
+        for at, count, entry in list(self.runs.data_runs(words)):
             counts = await image.refcounts.counts((entry & OFFSET_MASK) >> bits, count)
-            if counts.count(1) == (count if entry & COPIED else 0):
+            alone = count if is_uniform(counts, 1) else counts.count(1)
+            if alone == (count if entry & COPIED else 0):
                 continue
             words = await self.changeable(number)  # it may have been read anew
-            for each in range(count):
-                place = words[(at + each) * step]
-                words[(at + each) * step] = place | COPIED if counts[each] == 1 else place & ~COPIED
-            image.l2.mark(number, at * step, (at + count) * step)
+            first, last = at * step, (at + count) * step
+            if alone in (0, count):
+                flags = self._copied_flags(count)
+                changed = number_of(words[first:last]) | flags
+                words[first:last] = words_of(changed if alone else changed ^ flags, last - first)
+            else:
+                for each, references in enumerate(counts):
+                    place = words[first + each * step]
+                    words[first + each * step] = place | COPIED if references == 1 else place & ~COPIED
+            image.l2.mark(number, first, last)
 
     def tables(self) -> list[int]:
         """The indexes of the active L1 table that lead to an L2 table."""

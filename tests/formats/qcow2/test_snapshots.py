@@ -269,15 +269,21 @@ async def test_a_crash_at_any_flush_is_repaired_at_worst(graph: Graph, tmp_path:
 
 @pytest.mark.parametrize("bits", [1, 2])
 async def test_a_count_that_does_not_fit(graph: Graph, tmp_path: Path, bits: int) -> None:
-    path = made(tmp_path, f"refcount_bits={bits}", SIZE)
+    path = made(tmp_path, f"cluster_size=512,refcount_bits={bits}", SIZE)
     most = (1 << bits) - 1
     kept = Kept(await Workload.opened(graph, in_file(path), bytes(SIZE), seed=1))
     for _ in range(10):
         await kept.work.round(4)
     for number in range(most - 1):
         await kept.create(f"s{number}")
+    # The first L2 tables are the disk's own again, and only the last ones can't be shared any more.
+    kept.work.model[: SIZE // 2] = b"w" * (SIZE // 2)
+    await kept.work.put(0, b"w" * (SIZE // 2))
+    await kept.work.driver.image.commit_all()
+    before = path.read_bytes()
     with pytest.raises(OSError, match=f"more than {most} references"):
         await kept.create("too many")
+    assert path.read_bytes() == before
     await kept.check()
     await kept.work.close()
     kept.check_by_qemu(path)
