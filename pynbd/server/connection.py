@@ -36,8 +36,9 @@ from pynbd.server.buffers import BufferPool
 from pynbd.server.events import about
 from pynbd.server.execution import HOLE_READ_BYTES, Execution, describe
 from pynbd.server.export import Export
+from pynbd.server.in_flight import InFlight, Part
 from pynbd.server.inline import InlineStarter
-from pynbd.server.limits import ClientLimits, Pace
+from pynbd.server.limits import Pace
 from pynbd.server.payload import Payload
 from pynbd.server.span_reads import SpanReads
 from pynbd.server.spans import FileSpan, is_whole
@@ -105,7 +106,7 @@ class Connection:
         peer: the client's name for the log.
         make_wire: gives the wire, told whom to call.
         on_closed: called once, when the last request has ended and everything is released.
-        limits: what one connection may have in flight.
+        in_flight: what all connections of its client have in flight, None: that has no limit.
         pace: how often its client may ask, None: as often as it likes.
         warn: logs what went wrong, and with whom.
         request_failed: logs which request has failed, and why; None: as `warn`.
@@ -121,7 +122,7 @@ class Connection:
         peer: str,
         make_wire: "Callable[[Connection], Wire]",
         on_closed: "Callable[[Connection], None]",
-        limits: ClientLimits,
+        in_flight: InFlight | None,
         pace: Pace | None,
         warn: Callable[[str], None],
         request_failed: Callable[[str], None] | None = None,
@@ -146,8 +147,7 @@ class Connection:
         self._spans = SpanReads(export, self._replies, warn, self._request_failed)
         self._pace = pace
         self._pace_timer: TimerHandle | None = None
-        self._max_requests = min(limits.requests or MAX_REQUESTS_IN_FLIGHT, MAX_REQUESTS_IN_FLIGHT)
-        self._max_bytes = min(limits.bytes_in_flight or MAX_BYTES_IN_FLIGHT, MAX_BYTES_IN_FLIGHT)
+        self._part = None if in_flight is None else Part(in_flight, self._continue_soon)
         self._framing = ServerTransmission(ready.mode, max_payload=self.rules.max_payload)
         self._starter = starter
         self._scratch = scratch
@@ -164,6 +164,8 @@ class Connection:
         self._continue_due = False
         self._blocked = False
         self._awaiting_budget = False
+        self._awaits_others = False
+        self._span_bytes = 0
         self._ending = False
         self._lost = False
         self._closed = False
@@ -210,6 +212,11 @@ class Connection:
         """Whether it is the client's turn: to take answers, or to send the rest of a payload."""
         return self.wire.queued or (self._payload is not None and not self._blocked)
 
+    @property
+    def keeps_others_waiting(self) -> bool:
+        """Whether other connections of its client can't begin a request because of what this one has in flight."""
+        return self._part is not None and self._part.keeps_others_waiting
+
     def _resized(self, size: int) -> None:
         self.rules.size = size
 
@@ -227,6 +234,8 @@ class Connection:
             )
         self._drop_payload()
         self.account.withdraw()
+        if self._part is not None:
+            self._part.leave_line()
         if self._pace_timer is not None:
             self._pace_timer.cancel()
         self._waiting.clear()
@@ -234,6 +243,7 @@ class Connection:
         self._more_in_tail = False
         self.in_flight -= self.wire.close()
         self._drop_answers()
+        self._span_bytes = 0
         self._charge_unsent()
         self._end_if_idle()
 
@@ -242,6 +252,7 @@ class Connection:
             if isinstance(item, FileSpan):
                 item.release()
                 self.in_flight -= 1
+                self._span_bytes -= item.length
         self._out.clear()
 
     def _end(self) -> None:
@@ -256,6 +267,8 @@ class Connection:
         payload, self._payload = self._payload, None
         if payload is not None and payload.reserved:
             self.account.give(payload.reserved)
+            if self._part is not None:
+                self._count(self._part)
 
     def _end_if_idle(self) -> None:
         if not (self._ending or self._lost or self._shutting_down) or self._closed or self._in_batch:
@@ -268,6 +281,8 @@ class Connection:
         self.wire.close()
         self.backend.on_resize.remove(self._resized)
         self.account.close()
+        if self._part is not None:
+            self._part.close()
         self._on_closed(self)
 
     # --- receiving ----------------------------------------------------------------------------------------
@@ -385,6 +400,8 @@ class Connection:
             payload.reserved += step
             if payload.reserved == step:
                 payload.make_room(self._scratch.buffers)
+                if self._part is not None:
+                    self._count(self._part)
         if payload.filled < length:
             return
         self._payload = None
@@ -403,6 +420,8 @@ class Connection:
         self.account.give(payload.reserved)
         if request.flags & COMMAND_FUA or not self.backend.write_cache:
             self.in_flight += 1
+            if self._part is not None:
+                self._count(self._part)
             self._starter.start(self._make_durable([request]))
         else:
             self._out.append(self._replies.done(request))
@@ -432,7 +451,7 @@ class Connection:
         """The next turn: requests that were put aside, then a payload, then what is left of the last receive."""
         if self._lost or self._closed:
             return
-        self._blocked = self._awaiting_budget = False
+        self._blocked = self._awaiting_budget = self._awaits_others = False
         if self._waiting:
             waiting = list(self._waiting)
             self._waiting.clear()
@@ -443,6 +462,8 @@ class Connection:
             tail = self._tail
             self._tail, self._more_in_tail = b"", False
             self._parse(memoryview(tail))
+        if self._part is not None and not self._awaits_others:
+            self._part.leave_line()
         if self._lost or self._closed or self._blocked:
             return
         payload = self._payload
@@ -468,7 +489,9 @@ class Connection:
         finally:
             self._in_batch = False
         self._flush()
-        if self._blocked and not (self._awaiting_budget or self._pace_timer or self.in_flight or self.wire.queued):
+        if self._blocked and not (
+            self._awaiting_budget or self._awaits_others or self._pace_timer or self.in_flight or self.wire.queued
+        ):
             self._continue_soon()  # what stood in the way has ended within this very turn: nobody else would wake us
 
     def _serve_batch(self, requests: Sequence[Request]) -> None:
@@ -479,7 +502,8 @@ class Connection:
         locate, preadv, write_now = self.backend.locate, os.preadv, self.backend.write_now
         write_through = not self.backend.write_cache
         asks_from = self._asks_from
-        may_flush = self.in_flight + MAX_BATCH_REQUESTS < MAX_REQUESTS_IN_FLIGHT
+        # Where the client's requests are counted, each of those that wait for a flush is; they go the long way.
+        may_flush = self._part is None and self.in_flight + MAX_BATCH_REQUESTS < MAX_REQUESTS_IN_FLIGHT
         durable: list[Request] = []
         position = count = total = written = total_written = begun = 0
         started = perf_counter_ns()
@@ -578,15 +602,30 @@ class Connection:
     def _owes_too_much(self) -> bool:
         """Whether the client must take some of its answers first."""
         unsent = self.wire.unsent
-        return unsent > RESERVE_BYTES and (unsent > MAX_UNSENT_BYTES or self.account.pressed)
+        return unsent > RESERVE_BYTES and (
+            unsent > MAX_UNSENT_BYTES or self.account.pressed or (self._part is not None and self._part.pressed)
+        )
 
     def _has_room_for(self, length: int) -> bool:
-        """Whether the connection's caps allow one request more, with so many bytes of data."""
-        return (
-            self.in_flight < self._max_requests
+        """Whether the caps of the connection and of its client allow one request more, with so many bytes of data."""
+        has_room = (
+            self.in_flight < MAX_REQUESTS_IN_FLIGHT
             and not self._owes_too_much()
-            and (self.account.held + length <= self._max_bytes or not self.in_flight)
+            and (self.account.held + length <= MAX_BYTES_IN_FLIGHT or not self.in_flight)
         )
+        if self._part is None or not has_room:
+            return has_room
+        self._count(self._part)
+        self._awaits_others = not self._part.has_room(length)
+        return not self._awaits_others
+
+    def _count(self, part: Part) -> None:
+        """Tell the sums of the client what this connection has in flight; a payload that has begun is all there."""
+        payload, requests, length = self._payload, self.in_flight, self.account.held + self._span_bytes
+        if payload is not None and payload.reserved:
+            requests += 1
+            length += payload.request.length - payload.reserved
+        part.count(requests, length)
 
     def _begin(self, request: Request) -> bool:
         """Start a request; False if a cap of the connection or the payload budget says "not now"."""
@@ -666,6 +705,8 @@ class Connection:
         """So many requests have ended: send the answer, with others if there are any now."""
         self.in_flight -= requests
         if self._lost:
+            if self._part is not None:
+                self._count(self._part)
             self._end_if_idle()
             return
         self._out.extend(answer)
@@ -678,11 +719,13 @@ class Connection:
         if answer is None:
             return False
         self.in_flight += 1
+        self._span_bytes += request.length
         self._out += answer
         return True
 
-    def _span_sent(self) -> None:
+    def _span_sent(self, length: int) -> None:
         self.in_flight -= 1
+        self._span_bytes -= length
 
     # --- sending ------------------------------------------------------------------------------------------
 
@@ -700,6 +743,8 @@ class Connection:
         """Send the answers that are ready."""
         if self._lost:
             self._drop_answers()
+            if self._part is not None:
+                self._count(self._part)
             self._end_if_idle()
             return
         if self._out:
@@ -720,6 +765,8 @@ class Connection:
         elif unsent < self._charged:
             self.account.give(self._charged - unsent)
         self._charged = unsent
+        if self._part is not None:
+            self._count(self._part)
 
     def on_sent(self) -> None:
         """The queue got shorter, or a request has ended: what was put aside may go on."""

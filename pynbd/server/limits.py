@@ -1,7 +1,7 @@
 """What one client may take: connections, requests and bytes, at one time and over time.
 
-A client is who has one name by TLS; who has none is an address (of IPv6 a network of 64 bits), or a user of this
-machine at a Unix socket. All its connections share its rates.
+A client is who has one name by TLS; who has none is an address (of IPv6 a network of 64 bits), a virtual machine, or a
+user of this machine at a Unix socket. All its connections share its limits.
 """
 
 from collections import OrderedDict
@@ -15,6 +15,7 @@ import msgspec
 from nbd_protocol.constants import MAX_PAYLOAD_BYTES, NEGOTIATION_TIMEOUT_S, Command
 from nbd_protocol.transmission import Request
 from pynbd.block import options
+from pynbd.server.in_flight import InFlight
 from pynbd.server.visitor import Refused, Visitor
 
 MAX_COUNT = 1_000_000_000
@@ -37,8 +38,8 @@ class ClientLimits(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", fo
 
     Args:
         connections: at one time; further ones are closed at once.
-        requests: in flight, of one connection.
-        bytes_in_flight: of one connection; one request is always served.
+        requests: in flight, of all its connections together.
+        bytes_in_flight: likewise, of their payloads and of answers not taken; one request is always served.
         bytes_per_second: read and written, by all its connections together.
         bytes_burst: how much at once, after a pause (default: what it may in a second).
         requests_per_second, requests_burst: likewise, requests of all kinds.
@@ -60,6 +61,11 @@ class ClientLimits(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", fo
         for what in ("bytes", "requests"):
             if getattr(self, f"{what}_burst") and not getattr(self, f"{what}_per_second"):
                 raise ValueError(f"{what}-burst: it goes with {what}-per-second")
+
+    @property
+    def bounds_in_flight(self) -> bool:
+        """Whether it matters how much a client has in flight."""
+        return bool(self.requests or self.bytes_in_flight)
 
     @property
     def has_rates(self) -> bool:
@@ -165,11 +171,12 @@ def cost_bytes(request: Request) -> int:
 class Client:
     """What all connections of one client share."""
 
-    __slots__ = ("connections", "key", "pace")
+    __slots__ = ("connections", "in_flight", "key", "pace")
 
-    def __init__(self, key: str, pace: Pace | None) -> None:
+    def __init__(self, key: str, limits: ClientLimits) -> None:
         self.key = key
-        self.pace = pace
+        self.pace = Pace(limits) if limits.has_rates else None
+        self.in_flight = InFlight(limits.requests, limits.bytes_in_flight) if limits.bounds_in_flight else None
         self.connections = 0
 
 
@@ -189,7 +196,7 @@ class Clients:
         """Count one connection more of a client; None if it has as many as it may."""
         client = self._present.get(key)
         if client is None:
-            client = self._gone.pop(key, None) or Client(key, Pace(self.limits) if self.limits.has_rates else None)
+            client = self._gone.pop(key, None) or Client(key, self.limits)
             self._present[key] = client
         elif self.limits.connections and client.connections >= self.limits.connections:
             return None
@@ -236,6 +243,11 @@ class Presence:
     def pace(self) -> Pace | None:
         """The client's rates, if there are any."""
         return self._counted[-1].pace
+
+    @property
+    def in_flight(self) -> InFlight | None:
+        """What the client has in flight, if that is limited."""
+        return self._counted[-1].in_flight
 
     def leave(self) -> None:
         """The connection is gone."""

@@ -63,8 +63,9 @@ PRESSED_CHECK_S = 1.0
 MIN_PROGRESS_BYTES = 64 << 10
 """A client that holds payload memory which others wait for must move so much in every check, or go."""
 
-PAYLOAD_STALL_CHECKS = 12
-"""Checks without a byte after which an unfinished payload closes its connection, whether or not others wait."""
+STALL_CHECKS = 12
+"""Checks without a byte after which a connection is closed: for an unfinished payload, whether or not others wait, and
+for any request in flight, if other connections of the client can't begin theirs before."""
 
 
 class NbdServer:
@@ -347,7 +348,7 @@ class NbdServer:
             peer,
             make_wire,
             gone,
-            self.limits,
+            presence.in_flight,
             presence.pace,
             functools.partial(self._tell, visitor, events.CLIENT_FAILED, result.export.name),
             functools.partial(self._tell, visitor, events.REQUEST_FAILED, result.export.name),
@@ -422,8 +423,12 @@ class NbdServer:
             still = now == moved
             self._progress[connection] = (now, checks + 1 if still else 0)
             too_slow = bool(self.budget.waiting) and now - moved < MIN_PROGRESS_BYTES and connection.account.held
-            if (too_slow and checks >= 0) or (still and checks >= PAYLOAD_STALL_CHECKS and connection.payload_open):
-                connection.warn("stalled, and others wait for its memory" if too_slow else "stalled")
+            stands_still = still and checks >= STALL_CHECKS
+            if too_slow and checks >= 0:
+                connection.warn("stalled, and others wait for its memory")
+                connection.abort()
+            elif stands_still and (connection.payload_open or connection.keeps_others_waiting):
+                connection.warn("stalled")
                 connection.abort()
         if self.connections:
             self._stall_timer = self._loop.call_later(self._stall_check_s, self._check_stalls)

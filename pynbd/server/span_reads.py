@@ -35,12 +35,12 @@ class SpanReads:
         self._request_failed = request_failed
         self._file: SpanFile | None = None
 
-    def answer(self, request: Request, ended: Callable[[], None]) -> list[Item] | None:
+    def answer(self, request: Request, ended: Callable[[int], None]) -> list[Item] | None:
         """The reply to a read, if its bytes never move and are in the page cache; None if not.
 
         Args:
             request: the read.
-            ended: called when the bytes have left.
+            ended: called when the bytes have left, with their number.
         """
         offset, length = request.offset, request.length
         located = self.backend.locate(offset, length)
@@ -64,7 +64,7 @@ class SpanReads:
         replies = self._replies
 
         def finish(problem: OSError | None) -> Buffer:
-            ended()
+            ended(length)
             if problem is not None:
                 self._request_failed(f"export {self.export.name!r}: {describe(request)}: {problem}")
                 return replies.error(request, errno_to_nbd(problem.errno), str(problem))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.interop.contents import sha256
 from tests.peers import CommandError, Peer, pynbd_serve, require_nbdsh, require_tool, run
 
 MIB = 1 << 20
@@ -174,3 +175,16 @@ for handle, cookie in pieces:
 assert time.monotonic() - began > 1.4
 """
         run(*require_nbdsh(), "-c", script)
+
+
+def test_sixteen_connections_have_no_more_in_flight_than_one(random_disk: Path, tmp_path: Path) -> None:
+    """Reads that take a while: nbdcopy asks for 256 at a time, two are let in, and all come to their end."""
+    copy = tmp_path / "copy"
+    limits = "requests=2,bytes-in-flight=300k"
+    filters = ("--filter", "delay,read=2ms")
+    with pynbd_serve("--client-limits", limits, *filters, "-f", "raw", random_disk) as peer:
+        run(
+            require_tool("nbdcopy", package="libnbd-bin"),
+            *("--connections=16", "--requests=16", "--request-size=131072", peer.uri(), copy),
+        )
+    assert sha256(copy) == sha256(random_disk)

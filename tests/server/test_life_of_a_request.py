@@ -22,6 +22,7 @@ from pynbd.block.backend import ErrorPolicy
 from pynbd.block.drain import drained
 from pynbd.server import connection as connection_module
 from pynbd.server import wire as wire_module
+from pynbd.server.limits import ClientLimits
 from tests.restless import RESTLESS, restless
 from tests.server.clients import CHUNKED, LIMIT_S, MODES, Client, Served, Tree, serving
 from tests.server.held import HELD, held, pattern
@@ -107,7 +108,7 @@ async def test_nobody_gets_stuck_at_any_limit(kind: str, tmp_path: Path, monkeyp
         await run_workloads(served, 8, 120, refused=0.1, largest=700 * KIB)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(10))
 async def test_nobody_gets_stuck_for_want_of_payload_memory(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random limits of every kind."""
     source = random.Random(seed)
@@ -120,7 +121,10 @@ async def test_nobody_gets_stuck_for_want_of_payload_memory(seed: int, monkeypat
         MAX_BATCH_REQUESTS=source.choice([1, 3, 64]),
         PAYLOAD_STEP_BYTES=source.choice([4 * KIB, 64 * KIB, MIB]),
     )
-    options = {"payload_pool": source.choice([0, 4 * KIB, 300 * KIB, 2 * MIB])}
+    client_limits = ClientLimits(
+        requests=source.choice([0, 1, 3, 100]), bytes_in_flight=source.choice([0, 1, 300 * KIB, 4 * MIB])
+    )
+    options = {"payload_pool": source.choice([0, 4 * KIB, 300 * KIB, 2 * MIB]), "limits": client_limits}
     async with serving(disk("restless", Path(), 8 * MIB, suspends=0.5), server_options=options) as served:
         await run_workloads(served, 8, 60, refused=0.1, largest=source.choice([100 * KIB, 900 * KIB]), depth=8)
 

@@ -12,14 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbd_protocol.constants import Command, ReplyMode
+from nbd_protocol.constants import Command, Errno, ReplyMode
 from nbd_protocol.transmission import Request
 from pynbd.block import options
 from pynbd.block.errors import OptionError
 from pynbd.server import limits
 from pynbd.server.limits import Bucket, Client, ClientLimits, Clients, Pace, Presence
 from pynbd.server.visitor import Refused, Visitor
+from tests.restless import RESTLESS
 from tests.server.clients import LIMIT_S, MODES, Served, serving
+from tests.server.held import HELD, Held, held, pattern
 from tests.server.workload import Workload
 
 MEMORY = {"driver": "memory", "size": 4 << 20}
@@ -260,16 +262,101 @@ async def test_the_end_does_not_wait_for_a_rate() -> None:
 @pytest.mark.parametrize(
     "limit", [{"requests": 1}, {"bytes_in_flight": 4 * KIB}, {"requests": 3, "bytes_in_flight": 1}]
 )
-async def test_requests_and_bytes_in_flight(limit: dict[str, int]) -> None:
-    async with serving(MEMORY, server_options={"limits": ClientLimits(**limit)}) as served:
-        client = await served.connect()
-        (connection,) = served.server.connections
-        assert (connection._max_requests, connection._max_bytes) == (
-            limit.get("requests", 1024),
-            limit.get("bytes_in_flight", 64 * MIB),
+async def test_little_in_flight_is_enough(limit: dict[str, int]) -> None:
+    """Of three connections of one client each comes to its end, though mostly one request at a time is served."""
+    restless = {"driver": RESTLESS, "size": 4 * MIB, "fill": "zero", "suspends": 0.5}
+    async with serving(restless, server_options={"limits": ClientLimits(**limit)}) as served:
+        clients = [await served.connect() for _ in range(3)]
+        await asyncio.gather(
+            *(Workload(client, number * MIB, MIB, seed=number).run(100) for number, client in enumerate(clients))
         )
-        await Workload(client, 0, MIB, seed=9).run(200)
-        assert await client.disconnect()
+        for client in clients:
+            assert await client.disconnect()
+        await served.until_gone()
+        assert not served.server._clients._present
+
+
+async def until_still(driver: Held) -> int:
+    """How many requests wait in the driver when nothing moves any more."""
+    still, count = 0, -1
+    while still < 50:
+        still = still + 1 if count == len(driver.waiting) else 0
+        count = len(driver.waiting)
+        await asyncio.sleep(0)
+    return count
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_many_connections_have_no_more_in_flight_than_one(mode: ReplyMode) -> None:
+    limit = ClientLimits(requests=3)
+    async with serving({"driver": HELD, "size": 8 * MIB}, server_options={"limits": limit}) as served:
+        driver = held(served.node())
+        clients = [await served.connect(mode=mode) for _ in range(16)]
+        asked = [(client, await client.send(Command.READ, 0, 512)) for client in clients for _ in range(4)]
+        for left in range(len(asked), 0, -1):
+            assert await until_still(driver) == min(3, left)
+            driver.release(1)
+        for client, cookie in asked:
+            assert bytes((await client.reply(cookie)).data) == pattern(0, 512)
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_payloads_of_many_connections_are_counted_together(mode: ReplyMode) -> None:
+    """Those that have begun count as a whole, before their bytes are here; a flush has its turn among them."""
+    limit = ClientLimits(bytes_in_flight=5 * MIB)
+    async with serving({"driver": HELD, "size": 64 * MIB}, server_options={"limits": limit}) as served:
+        driver = held(served.node())
+        clients = [await served.connect(mode=mode) for _ in range(4)]
+        writing = [asyncio.create_task(client.write(0, bytes(2 * MIB))) for client in clients]
+        await driver.until(2)
+        flushing = await served.connect(mode=mode)
+        cookie = await flushing.send(Command.FLUSH)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert len(driver.waiting) == 2
+        driver.release(1)
+        await driver.until(2)
+        driver.release()
+        await asyncio.gather(*writing)
+        assert not (await flushing.reply(cookie)).error
+
+
+async def test_who_waits_in_line_and_leaves_lets_the_next_one_in() -> None:
+    limit = ClientLimits(requests=1)
+    async with serving({"driver": HELD, "size": 8 * MIB}, server_options={"limits": limit}) as served:
+        driver = held(served.node())
+        busy, leaving, staying = [await served.connect() for _ in range(3)]
+        first = await busy.send(Command.READ, 0, 512)
+        await driver.until(1)
+        (client,) = served.server._clients._present.values()
+        assert client.in_flight is not None
+        for number, waiting in enumerate((leaving, staying), 1):
+            cookie = await waiting.send(Command.READ, 8, 512)
+            async with asyncio.timeout(LIMIT_S):
+                while len(client.in_flight.line) < number:
+                    await asyncio.sleep(0)
+        leaving.sock.close()
+        driver.release(1)
+        await driver.until(1)
+        driver.release()
+        assert bytes((await busy.reply(first)).data) == pattern(0, 512)
+        assert bytes((await staying.reply(cookie)).data) == pattern(8, 512)
+
+
+async def test_the_end_does_not_wait_for_a_line() -> None:
+    limit = ClientLimits(requests=1)
+    async with serving({"driver": HELD, "size": 8 * MIB}, server_options={"limits": limit}) as served:
+        driver = held(served.node())
+        busy, waiting = [await served.connect() for _ in range(2)]
+        first = await busy.send(Command.READ, 0, 512)
+        await driver.until(1)
+        second = await waiting.send(Command.READ, 0, 512)
+        await until(served, "any(len(connection._waiting) for connection in server.connections)")
+        closing = asyncio.create_task(served.server.close())
+        assert (await waiting.reply(second)).error == Errno.ESHUTDOWN
+        driver.release()
+        assert not (await busy.reply(first)).error
+        await closing
 
 
 async def test_idle_connections_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -252,7 +252,7 @@ async def test_a_slow_reader_that_holds_what_others_wait_for(monkeypatch: pytest
 
 async def test_a_payload_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "STALL_CHECK_S", 0.01)
-    monkeypatch.setattr(server_module, "PAYLOAD_STALL_CHECKS", 3)
+    monkeypatch.setattr(server_module, "STALL_CHECKS", 3)
     async with serving(MEMORY) as served:
         idle, stalled = await served.connect(), await served.connect()
         await begin_payload(stalled, 2 * MIB, MIB)
@@ -263,7 +263,7 @@ async def test_a_payload_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyP
 
 async def test_who_moves_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "STALL_CHECK_S", 0.005)
-    monkeypatch.setattr(server_module, "PAYLOAD_STALL_CHECKS", 100)
+    monkeypatch.setattr(server_module, "STALL_CHECKS", 100)
     async with serving(MEMORY) as served:
         client = await served.connect()
         cookie, buffers = client.prepared(Command.WRITE, 0, payload=bytes(600 * KIB))
