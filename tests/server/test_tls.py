@@ -107,7 +107,7 @@ async def test_large_payloads_of_many_requests_at_once(pki: Path) -> None:
 
 
 async def test_a_long_read_of_a_file(pki: Path, tmp_path: Path) -> None:
-    """What goes straight from the page cache to a plain socket is encrypted here; also where the file ends too early."""
+    """What goes straight from the page cache to a plain socket is encrypted here; also where the file ends early."""
     path = tmp_path / "disk"
     content = random.Random(3).randbytes(2 * MIB)
     path.write_bytes(content)
