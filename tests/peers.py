@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -152,10 +152,14 @@ class Peer:
 
     def until_logged(self, text: str) -> None:
         """Wait until it has said this: a client can be gone before the server tells of it. Fails after LOG_LIMIT_S."""
+        self.until(lambda: text in self.log(), f"{text!r}")
+
+    def until(self, said: Callable[[], bool], what: str) -> None:
+        """Wait until it has said something. Fails after LOG_LIMIT_S."""
         deadline = time.monotonic() + LOG_LIMIT_S
-        while text not in self.log():
-            assert self.process.poll() is None, f"{self.name} ended before it said {text!r}:\n{self.log()}"
-            assert time.monotonic() < deadline, f"{self.name} never said {text!r}:\n{self.log()}"
+        while not said():
+            assert self.process.poll() is None, f"{self.name} ended before it said {what}:\n{self.log()}"
+            assert time.monotonic() < deadline, f"{self.name} never said {what}:\n{self.log()}"
             time.sleep(LOG_INTERVAL_S)
 
     def stop(self, signal_number: int = signal.SIGTERM) -> int:

@@ -47,6 +47,9 @@ NAME_SERVICE = (
 )
 """What is read to find out where a host is."""
 
+USERS = ("/etc/passwd", "/etc/group", "/etc/nsswitch.conf")
+"""What is read to find out whom a name in a rule stands for."""
+
 MAX_ID = 2**32 - 2
 
 
@@ -169,6 +172,8 @@ class Privileges:
             grant([path], access)
         if service.server.tls is not None:
             grant(folders_of(service.server.tls.credentials.files()), READ)
+        if arguments.config:
+            grant([Path(arguments.config), *map(Path, USERS)], READ)
         if arguments.log_file:
             grant([Path(arguments.log_file)], READ | WRITE)
         grant(map(Path, arguments.may_read), READ)

@@ -3,12 +3,15 @@
 import argparse
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+import msgspec
 
 from pynbd.block.errors import BlockError
 from pynbd.cli.background import daemonize, pid_file, report_ready
@@ -21,7 +24,7 @@ from pynbd.cli.serve_config import configuration
 from pynbd.cli.stopping import Stop, until_parent_has_gone
 from pynbd.server import events
 from pynbd.server.activation import Handed
-from pynbd.server.config import Config
+from pynbd.server.config import Config, without_rules
 from pynbd.server.events import about
 from pynbd.server.loop import serving_loop
 from pynbd.server.service import Service, open_service
@@ -135,8 +138,7 @@ async def serve(start: Start) -> int:
             service.server.on_client_gone.append(lambda: None if service.server.connections else stop.request())
         if start.handed and not any(one.listens for one in start.handed):
             stop.after(service.server.until_idle())  # all clients that there will ever be are here
-        files = {"certificates and keys": service.server.tls.credentials.reload} if service.server.tls else {}
-        reload = Reload(files, start.log_file, start.manager, stop)
+        reload = Reload(files_to_reload(start, service), start.log_file, start.manager, stop)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
         if not start.handed:
             say_ready(service, start.config, arguments)
@@ -152,6 +154,39 @@ async def serve(start: Start) -> int:
             return await run_command(arguments.run, service, stop, at_end, start.config.server.tls_certificates)
         await stop.requested.wait()
     return 0
+
+
+def files_to_reload(start: Start, service: Service) -> dict[str, Callable[[], None]]:
+    """What SIGHUP reads again, and how."""
+    files: dict[str, Callable[[], None]] = {}
+    if service.server.tls is not None:
+        files["certificates and keys"] = service.server.tls.credentials.reload
+    if start.arguments.config:
+        files[f"rules of {start.arguments.config}"] = functools.partial(reload_rules, start, service)
+    return files
+
+
+def reload_rules(start: Start, service: Service) -> None:
+    """Read the configuration anew, and let its rules and limits hold for clients that come from now on.
+
+    Raises:
+        OptionError: something is wrong with it; the old rules stay.
+    """
+    arguments, before = start.arguments, start.config
+    with contextlib.ExitStack() as nothing_new:
+        # What a command is run for (and where it finds us) was settled at the start.
+        config = configuration(argparse.Namespace(**{**vars(arguments), "run": None}), nothing_new)
+    if start.handed or arguments.run is not None:
+        config = msgspec.structs.replace(
+            config, server=msgspec.structs.replace(config.server, listen=before.server.listen)
+        )
+    service.change_rules(config)
+    if without_rules(config) != without_rules(before):
+        log.warning(
+            "%s: what else has changed there than rules and limits wants a restart",
+            arguments.config,
+            extra=about(events.RELOADED),
+        )
 
 
 def begin_end(manager: ServiceManager) -> None:

@@ -29,6 +29,7 @@ address = "10.0.0.0/8"
 import os
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -160,6 +161,21 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     objects: tuple[dict[str, Any], ...] = ()
     nodes: tuple[dict[str, Any], ...] = ()
     exports: dict[str, ExportOptions] = {}
+
+
+def without_rules(config: Config) -> Config:
+    """A configuration without what can be read anew while it is served: access, authorization, and limits."""
+    return msgspec.structs.replace(
+        config,
+        server=msgspec.structs.replace(config.server, access=(), client_limits=NO_LIMITS, tls_authz=""),
+        objects=tuple(tree for tree in config.objects if not is_authorization(tree)),
+        exports={name: msgspec.structs.replace(wanted, access=()) for name, wanted in config.exports.items()},
+    )
+
+
+def is_authorization(tree: Mapping[str, Any]) -> bool:
+    """Whether a description of an object is of one that says who may come in."""
+    return str(tree.get("qom-type")).startswith("authz-")
 
 
 class Address(msgspec.Struct, frozen=True):

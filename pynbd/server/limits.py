@@ -175,9 +175,13 @@ class Client:
 
     def __init__(self, key: str, limits: ClientLimits) -> None:
         self.key = key
+        self.connections = 0
+        self.have(limits)
+
+    def have(self, limits: ClientLimits) -> None:
+        """What its next connections share."""
         self.pace = Pace(limits) if limits.has_rates else None
         self.in_flight = InFlight(limits.requests, limits.bytes_in_flight) if limits.bounds_in_flight else None
-        self.connections = 0
 
 
 class Clients:
@@ -191,6 +195,14 @@ class Clients:
         self.limits = limits
         self._present: dict[str, Client] = {}
         self._gone: OrderedDict[str, Client] = OrderedDict()
+
+    def change(self, limits: ClientLimits) -> None:
+        """Other limits from now on. Connections that are there keep those that they have, and count as before."""
+        if limits == self.limits:
+            return  # nobody's bucket fills
+        self.limits = limits
+        for client in (*self._present.values(), *self._gone.values()):
+            client.have(limits)
 
     def enter(self, key: str) -> Client | None:
         """Count one connection more of a client; None if it has as many as it may."""

@@ -97,13 +97,13 @@ class NbdServer:
         for export in exports:
             self.add_export(export)
         self.max_clients = max_clients or DEFAULT_MAX_CLIENTS
-        self.limits = limits
-        self.handshake_timeout_s = limits.handshake_timeout
         self.connections: set[Connection] = set()
         self.on_client_come: list[Callable[[], None]] = []
         self.on_client_gone: list[Callable[[], None]] = []
         self.served = 0
         self._access = access or AccessList()
+        self.limits = limits
+        self.handshake_timeout_s = limits.handshake_timeout
         self._clients = Clients(limits)
         self._structured = structured
         self._extended = extended
@@ -146,6 +146,13 @@ class NbdServer:
         users = [connection for connection in self.connections if connection.export is export]
         await self._send_away(users, GRACE_S)
         return export
+
+    def change_rules(self, limits: ClientLimits, access: AccessList) -> None:
+        """Other rules for clients that come from now on; those who are there keep theirs, but for the idle timeout."""
+        self.limits = limits
+        self.handshake_timeout_s = limits.handshake_timeout
+        self._clients.change(limits)
+        self._access = access
 
     # --- listening ----------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from pynbd.server import events
 from pynbd.server.access import AccessList, AccessRule
 from pynbd.server.activation import Handed, reachable, uri_at
 from pynbd.server.check import NOBODY_BY_NAME, check, filter_tree, snapshot_tree
-from pynbd.server.config import Config, ExportOptions, ListenOptions, parse_address
+from pynbd.server.config import Config, ExportOptions, ListenOptions, is_authorization, parse_address
 from pynbd.server.events import about
 from pynbd.server.export import Export, bitmaps_of
 from pynbd.server.server import NbdServer
@@ -79,7 +79,7 @@ class Service:
                 bitmaps=wanted.bitmaps,
                 min_block=wanted.min_block,
                 resize=wanted.resize and writable,
-                access=self._access_list(wanted.access),
+                access=self._access_list(wanted.access, self.graph.objects),
             )
             self.server.add_export(export)
         except BaseException:
@@ -89,7 +89,33 @@ class Service:
             raise
         return export
 
-    def _access_list(self, rules: Sequence[AccessRule]) -> AccessList:
+    def change_rules(self, config: Config) -> None:
+        """Read anew who may connect and use which export, who is authorized, and what a client may take.
+
+        It holds for clients that come from now on. Exports that the configuration does not have keep their rules.
+
+        Raises:
+            OptionError: something is wrong with them; all stays as it was.
+        """
+        objects, server = Objects(), self.server
+        for described in config.objects:
+            if is_authorization(described):
+                objects.make(described)
+        tls = server.tls
+        if tls is not None:
+            from pynbd.server.tls import authorized_anew
+
+            tls = authorized_anew(tls, config.server, objects)
+        elif config.server.tls_authz:
+            raise OptionError("server.tls-authz: this server was started without TLS")
+        access = AccessList(config.server.access, objects)
+        of_exports = {name: self._access_list(wanted.access, objects) for name, wanted in config.exports.items()}
+        server.tls = tls
+        server.change_rules(config.server.client_limits, access)
+        for name, export in server.exports.items():
+            export.access = of_exports.get(name, export.access)
+
+    def _access_list(self, rules: Sequence[AccessRule], objects: Objects) -> AccessList:
         """Rules that are ready for use.
 
         Raises:
@@ -98,7 +124,7 @@ class Service:
         tls = self.server.tls
         if any(rule.wants_name for rule in rules) and not (tls and tls.credentials.wants_client_identity):
             raise OptionError(NOBODY_BY_NAME)
-        return AccessList(rules, self.graph.objects)
+        return AccessList(rules, objects)
 
     async def _close_since(self, before: set[str]) -> None:
         """Close what was opened for an export that came to nothing."""

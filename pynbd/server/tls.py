@@ -51,13 +51,27 @@ def server_tls(where: ListenOptions, objects: Objects) -> ServerTls:
     credentials = _credentials(where, objects)
     if credentials.endpoint != "server":
         raise OptionError(f"{credentials.kind} {credentials.id!r} is of a client: a server needs endpoint=server")
+    policy: Literal["allowed", "required"] = "allowed" if where.tls == "allowed" else "required"
+    return ServerTls(policy, credentials, _authorization(where, objects, credentials))
+
+
+def authorized_anew(tls: ServerTls, where: ListenOptions, objects: Objects) -> ServerTls:
+    """The same TLS, and what a configuration says now of who may come in.
+
+    Raises:
+        OptionError: there is no such object, or nobody has a name.
+    """
+    return msgspec.structs.replace(tls, authorization=_authorization(where, objects, tls.credentials))
+
+
+def _authorization(where: ListenOptions, objects: Objects, credentials: TlsCredentials) -> Authorization | None:
     authorization = objects.find(where.tls_authz, Authorization) if where.tls_authz else None
     if authorization is not None and not credentials.wants_client_identity:
         raise OptionError(
             f"tls-authz {authorization.id!r}: nobody can be told by name, because clients need no certificate "
             "(verify-peer is off)"
         )
-    return ServerTls("allowed" if where.tls == "allowed" else "required", credentials, authorization)
+    return authorization
 
 
 def _credentials(where: ListenOptions, objects: Objects) -> TlsCredentials:

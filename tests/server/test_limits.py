@@ -139,6 +139,33 @@ def test_to_come_back_fills_no_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not clients._gone
 
 
+def test_limits_that_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is there keeps what he has, and counts; a change of nothing fills no bucket."""
+    with stopped_clock(monkeypatch):
+        before = ClientLimits(requests_per_second=10, requests=5)
+        clients, visitor = Clients(before), Visitor("a", key="10.0.0.1")
+        staying = Presence(clients, visitor)
+        kept, pace = staying.in_flight, staying.pace
+        assert pace is not None
+        assert pace.admit([request(Command.READ, 1)] * 20) == 10
+        clients.change(ClientLimits(requests_per_second=10, requests=5))
+        assert (staying.in_flight, staying.pace) == (kept, pace)
+        clients.change(ClientLimits(connections=2, requests=1))
+        second = Presence(clients, visitor)
+        assert second.pace is None
+        assert second.in_flight is not None
+        assert second.in_flight is not kept
+        assert second.in_flight.max_requests == 1
+        with pytest.raises(Refused, match=r"10\.0\.0\.1 has 2 connections already"):
+            Presence(clients, visitor)
+        clients.change(ClientLimits())
+        third = Presence(clients, visitor)
+        assert third.in_flight is None
+        for presence in (staying, second, third):
+            presence.leave()
+        assert not clients._present
+
+
 def test_who_has_gone_is_forgotten_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
     with stopped_clock(monkeypatch):
         clients = Clients(ClientLimits(requests_per_second=10))
