@@ -49,6 +49,9 @@ LOG_LIMIT_S = 30.0
 LOG_INTERVAL_S = 0.02
 """How long to wait before its log is read again."""
 
+MEASURING_ATTEMPTS = 20
+"""How often QEMU may fail to measure how fast the processor is."""
+
 COMMAND_LIMIT_S = 100.0
 """How long a client may run unless the caller says otherwise; below pytest's own limit, so that its output is seen."""
 
@@ -227,13 +230,32 @@ def run(
         status: the exit status that is expected. Any other raises CommandError with the program's errors.
     """
     words = [str(word) for word in command]
-    try:
-        done = subprocess.run(
-            words, input=stdin or b"", capture_output=True, timeout=timeout_s, env=_environment(env), check=False
-        )
-    except subprocess.TimeoutExpired as late:
-        raise CommandError(_story(words, f"killed after {timeout_s} s", late.stdout, late.stderr)) from None
+    done = ending_of(words, timeout_s=timeout_s, stdin=stdin, env=env)
     return _judged(words, done.returncode, status, done.stdout, done.stderr)
+
+
+def ending_of(
+    words: list[str],
+    *,
+    timeout_s: float = COMMAND_LIMIT_S,
+    stdin: bytes | None = None,
+    env: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[bytes]:
+    """`run`, for who judges the ending himself.
+
+    QEMU's tools measure PBKDF2 before they make a key, and fail when the processor's clock stood still meanwhile, as it
+    does at times on virtual machines: then they are run again.
+    """
+    for _ in range(MEASURING_ATTEMPTS):
+        try:
+            done = subprocess.run(
+                words, input=stdin or b"", capture_output=True, timeout=timeout_s, env=_environment(env), check=False
+            )
+        except subprocess.TimeoutExpired as late:
+            raise CommandError(_story(words, f"killed after {timeout_s} s", late.stdout, late.stderr)) from None
+        if b"Unable to get accurate CPU usage" not in done.stderr:
+            break
+    return done
 
 
 async def run_beside_loop(

@@ -16,7 +16,7 @@ from pynbd.block.objects import Objects
 from pynbd.block.permissions import Permission
 from pynbd.crypto import hashes
 from pynbd.formats.luks import LuksCreationOptions, LuksFormat
-from tests.peers import CommandError, require_tool, run
+from tests.peers import require_tool, run
 
 PASSPHRASE = "pässword"
 WORDS = {"s0": PASSPHRASE, "s1": "another, with a comma", "s2": "never used"}
@@ -42,15 +42,9 @@ def qemu_secrets() -> list[str]:
 
 
 def qemu(*command: str | Path) -> str:
-    """Run one of QEMU's tools. Its measure of PBKDF2 fails at times (its clock stood still): then again."""
+    """Run one of QEMU's tools."""
     require_tool(str(command[0]), package="qemu-utils")
-    for _ in range(20):
-        try:
-            return run(*command)
-        except CommandError as problem:
-            if "Unable to get accurate CPU usage" not in str(problem):
-                raise
-    raise AssertionError("QEMU could not measure PBKDF2 in 20 attempts")
+    return run(*command)
 
 
 def qemu_create(path: Path, size: int = SIZE, **options: Any) -> None:

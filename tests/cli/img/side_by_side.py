@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,16 +33,8 @@ def img(*arguments: str | Path) -> Ending:
 def qemu_img(*arguments: str | Path) -> Ending:
     """`qemu-img ARGUMENTS`."""
     program = peers.require_tool("qemu-img", package="qemu-utils")
-    done = subprocess.run(
-        [program, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=peers.COMMAND_LIMIT_S,
-        stdin=subprocess.DEVNULL,
-        env=peers._environment(None),
-    )
-    return Ending(done.returncode, done.stdout, done.stderr)
+    done = peers.ending_of([program, *map(str, arguments)])
+    return Ending(done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 def ok(*arguments: str | Path) -> str:
