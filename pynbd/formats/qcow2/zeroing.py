@@ -65,6 +65,7 @@ class Zeroing:
             parts = [(offset, end)]
         else:
             first, last, parts = await self._with_parts(offset, end, first, last)
+            last = self._to_the_end(first, last)
         parts += await self._packed_in_part(first, last)
         if flags & NO_FALLBACK and parts:
             raise unsupported(self.driver.node.name, f"zeroes at {offset} for {length} bytes take writes of data")
@@ -97,6 +98,11 @@ class Zeroing:
             else:
                 parts.append((last, end))
         return first, last, parts
+
+    def _to_the_end(self, first: int, last: int) -> int:
+        """The end of whole units [first, last); where the disk ends in a cluster, that cluster's when it is covered."""
+        whole = round_up(last, self.cluster)
+        return whole if last >= self.driver.size and first <= whole - self.cluster else last
 
     async def _is_zero_around(self, offset: int, end: int) -> bool:
         """Whether the unit that a range lies in holds no data, and reads as zeroes before and behind the range."""
