@@ -12,6 +12,7 @@ from pynbd.block.extents import Extent, Status
 from pynbd.block.options import NodeOptions
 from pynbd.formats.qcow2 import compression
 from pynbd.formats.qcow2.header import Header
+from pynbd.formats.qcow2.holes import has_many_holes
 from pynbd.formats.qcow2.image import Image
 from pynbd.formats.qcow2.mapping import DATA, NOWHERE, PACKED, ZEROES, ClusterMapping, Piece
 
@@ -40,6 +41,8 @@ class ClusterReader(Driver):
         super().__init__(options)
         self.encryption: Encryption | None = None
         self._unpacked: dict[int, bytes] = {}
+        self._asks_for_holes: bool | None = None
+        """Found out once, when somebody wants to know."""
 
     def locate(self, offset: int, length: int) -> Location | None:
         if self.encryption is not None:
@@ -148,16 +151,27 @@ class ClusterReader(Driver):
                 await self.child("backing").cache(offset, piece.stop - offset)
             offset = piece.stop
 
+    async def asks_for_holes(self) -> bool:
+        """Whether the file with the guest's bytes is asked for zeroes in clusters of data: a data file always is."""
+        if self._asks_for_holes is None:
+            allocated = None if self.header.has_data_file else await self.storage.node.allocated_size()
+            self._asks_for_holes = self.header.has_data_file or (
+                allocated is not None and await has_many_holes(self.image.refcounts, self.storage.size, allocated)
+            )
+        return self._asks_for_holes
+
     async def block_status(self, offset: int, length: int) -> Sequence[Extent]:
         found: list[Extent] = []
         end = offset + length
+        data = Status.DATA | Status.ALLOCATED
+        if await self.asks_for_holes():
+            data |= Status.RECURSE
         while offset < end and len(found) < MAX_STATUS_RUNS:
             piece = await self.map.piece(offset, end)
             run = piece.stop - offset
             if piece.kind == DATA:
-                status = Status.DATA | Status.ALLOCATED | Status.RECURSE
                 verbatim = self.guest_file.node if self.encryption is None else None
-                found.append(Extent(run, status, verbatim, piece.host if verbatim is not None else 0))
+                found.append(Extent(run, data, verbatim, piece.host if verbatim is not None else 0))
             elif piece.kind == PACKED:
                 found.append(Extent(run, Status.DATA | Status.ALLOCATED))
             else:

@@ -92,6 +92,9 @@ class Qcow2Snapshot(ClusterReader):
         self.cleaning.end()
         self.live.snapshots.unpin(self.shown)
 
+    async def asks_for_holes(self) -> bool:
+        return await self.live.asks_for_holes()
+
     def child_permissions(self, name: str, held: Permission, shared: Permission) -> tuple[Permission, Permission]:
         if name == "file":
             # Whoever writes to the disk takes other clusters than the snapshot's.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
+from pynbd.storage import linux
+from tests.cli.img.chains import qemu_io
 from tests.cli.img.side_by_side import failure, qemu_img, same
 from tests.conftest import DiskMaker
 
@@ -48,3 +51,34 @@ def test_what_has_no_place_in_a_file(folder: Path) -> None:
     image = "driver=luks,key-secret=s,file.driver=file,file.filename=a.luks"
     assert "compressed, encrypted" in failure("map", *key, "--image-opts", image)
     same("map", "--output=json", *key, "--image-opts", image)
+
+
+@pytest.mark.parametrize("lost", [512, 4096, 60 << 10, 64 << 10])
+@pytest.mark.parametrize("clusters", [1, 2, 20, 100])
+@pytest.mark.parametrize("options", ["cluster_size=64k", "cluster_size=64k,preallocation=metadata"])
+def test_a_file_that_ends_inside_a_cluster(folder: Path, options: str, clusters: int, lost: int) -> None:
+    """Of what has no bytes in the file, QEMU tells only where there is much of it."""
+    made = qemu_img("create", "-q", "-f", "qcow2", "-o", options, "a.qcow2", "10M")
+    assert made.status == 0, made
+    image = folder / "a.qcow2"
+    qemu_io("a.qcow2", f"write -P 3 64k {64 * clusters}k")
+    os.truncate(image, image.stat().st_size - lost)
+    for output in ("--output=human", "--output=json"):
+        same("map", output, "a.qcow2")
+
+
+@pytest.mark.parametrize("cluster", ["4k", "64k"])
+@pytest.mark.parametrize("punched", [0, 1, 2, 3, 5, 8, 10, 11, 12, 20, 50])
+def test_holes_in_the_file_of_an_image(folder: Path, cluster: str, punched: int) -> None:
+    made = qemu_img("create", "-q", "-f", "qcow2", "-o", f"cluster_size={cluster}", "a.qcow2", "8M")
+    assert made.status == 0, made
+    cluster_bytes = int(cluster[:-1]) << 10
+    image = folder / "a.qcow2"
+    qemu_io("a.qcow2", f"write -P 3 0 {100 * cluster_bytes}")
+    os.truncate(image, -(-image.stat().st_size // cluster_bytes) * cluster_bytes)
+    with image.open("r+b") as file:
+        for number in range(punched):
+            at = image.stat().st_size - (2 * number + 1) * cluster_bytes
+            linux.fallocate(file.fileno(), linux.FALLOC_FL_PUNCH_HOLE | linux.FALLOC_FL_KEEP_SIZE, at, cluster_bytes)
+    for output in ("--output=human", "--output=json"):
+        same("map", output, "a.qcow2")
