@@ -398,6 +398,42 @@ async def test_who_waits_in_line_counts_nothing(how: str) -> None:
         await case.nothing_is_counted()
 
 
+async def test_what_is_left_of_a_connection_that_is_lost() -> None:
+    """What the driver works on counts until it has done it, one by one; what waited in line is forgotten at once."""
+    async with counted({"driver": HELD, "size": 16 * MIB}, ClientLimits(requests=3)) as case:
+        for _ in range(4):
+            await case.client.send(Command.READ, 0, 512)
+        await case.driver.until(3)
+        await until(lambda: case.whole.line)
+        case.connection.abort()
+        assert not case.whole.line
+        for left in (2, 1):
+            case.driver.release(1)
+            await until(lambda left=left: case.counts(left, left * 512))  # type: ignore[misc]  # as in test_in_flight.py
+        case.driver.release()
+        await case.nothing_is_counted()
+
+
+async def test_spans_of_a_connection_that_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something else goes on for it, but they do not."""
+    path = tmp_path / "disk"
+    path.write_bytes(b"x" * 16 * MIB)
+    async with counted({"driver": "file", "filename": str(path)}, AMPLE, receive_bytes=1) as case:
+        may_end = asyncio.Event()
+
+        async def flush(*_: Any) -> None:
+            await may_end.wait()
+
+        monkeypatch.setattr(case.connection.backend, "flush", flush)
+        await case.client.send(Command.FLUSH)
+        await case.client.send(Command.READ, 0, 16 * MIB)
+        await until(lambda: case.counts(2, 16 * MIB))
+        case.connection.abort()
+        assert case.counts(1, 0)
+        may_end.set()
+        await case.nothing_is_counted()
+
+
 async def test_shutting_down_with_everything_in_flight(tmp_path: Path) -> None:
     async with counted({"driver": HELD, "size": 16 * MIB}, AMPLE) as case:
         cookie = await case.client.send(Command.READ, 0, 512)
