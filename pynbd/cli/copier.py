@@ -73,6 +73,7 @@ class Copier:
         requests: how many are in flight.
         request_bytes: the largest read and write, a multiple of `unit`.
         allocated: write zeroes so that they take space.
+        zeroes_as_data: write them as everything else; they take space then, too.
         target_is_zero: whether the target reads as zeroes before, so that zeroes need not be written.
         block_bytes: how long zeroes inside data must be to be noticed, a multiple of 512.
         unit: what is copied is made of whole blocks of this size, but for the last one.
@@ -91,6 +92,7 @@ class Copier:
         requests: int,
         request_bytes: int,
         allocated: bool = False,
+        zeroes_as_data: bool = False,
         target_is_zero: bool = False,
         block_bytes: int = BLOCK_BYTES,
         unit: int = 1,
@@ -106,8 +108,9 @@ class Copier:
         self._target = target
         self._requests = requests
         self._request_bytes = request_bytes
-        self._allocated = allocated
-        self._skips_zeroes = target_is_zero and not allocated
+        self._allocated = allocated or zeroes_as_data
+        self._zeroes = memoryview(bytes(request_bytes if zeroes_as_data else 0))
+        self._skips_zeroes = target_is_zero and not self._allocated
         self._block_bytes = block_bytes
         self._unit = unit
         self._turns = Turns() if in_order else None
@@ -279,6 +282,8 @@ class Copier:
             # With a limit on the pace it goes on in small steps.
             pumped = self._pace is None and self._locate(offset, length) is not None
             largest = PUMPED_BYTES if pumped else self._request_bytes
+        elif kind is Kind.ZERO and self._zeroes:
+            largest = len(self._zeroes)
         for start, size in pieces(offset, length, largest, largest):
             yield Piece(self._next_number, start, size, kind)
             self._next_number += 1
@@ -300,7 +305,9 @@ class Copier:
             into[:] = bytes(len(into))
 
     async def _zero(self, offset: int, length: int) -> None:
-        if not self._skips_zeroes:
+        if self._zeroes:
+            await self._write(offset, self._zeroes[:length])
+        elif not self._skips_zeroes:
             await self._target.write_zeroes(offset, length, 0 if self._allocated else MAY_UNMAP)
 
     async def _write(self, offset: int, part: memoryview) -> None:

@@ -251,7 +251,7 @@ async def _copy(
         target.backend,
         requests=arguments.coroutines,
         request_bytes=PIECE_BYTES,
-        allocated=not sparse,
+        zeroes_as_data=not sparse,
         target_is_zero=is_zero,
         block_bytes=block,
         unit=unit,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests import peers
+from tests.cli.img.chains import make_chain, qemu_io
 from tests.cli.img.side_by_side import failure, img, ok, qemu_img, same
 from tests.cli.pynbd_command import PYNBD
 from tests.conftest import DiskMaker
@@ -213,3 +217,41 @@ def test_what_was_there_is_written_over(format: str, random_disk: Path) -> None:
     ok("convert", "-n", "-f", "raw", "-O", format, "patchy.raw", "target")
     assert qemu_img("compare", "-f", "raw", "-F", format, "patchy.raw", "target").status == 0
     assert len(content) == 12 * MIB
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("-O", "raw", "disk.raw"),
+        ("-O", "qcow2", "disk.raw"),
+        ("-O", "qcow2", "odd.raw"),
+        ("-c", "-O", "qcow2", "disk.raw"),
+        ("-W", "-O", "qcow2", "top.qcow2"),
+        ("-O", "raw", "top.qcow2"),
+        ("-O", "qcow2", "-o", "extended_l2=on", "top.qcow2"),
+        ("-O", "qcow2", "-o", "preallocation=metadata", "top.qcow2"),
+        ("-O", "qcow2", "-B", "mid.qcow2", "-F", "qcow2", "top.qcow2"),
+    ],
+)
+def test_without_looking_for_zeroes_everything_is_data(disk: Path, odd: Path, words: tuple[str, ...]) -> None:
+    """The same clusters hold data as in what qemu-img makes, wherever they lie."""
+    make_chain()
+    qemu_io("top.qcow2", "write -z 512k 128k")
+    ok("convert", "-S", "0", *words, "ours")
+    theirs = qemu_img("convert", "-S", "0", *words, "theirs")
+    assert theirs.status == 0, theirs
+    kind = words[words.index("-O") + 1]
+    maps = [json.loads(qemu_img("map", "-f", kind, "--output=json", name).out) for name in ("ours", "theirs")]
+    ours, expected = ([kinds_of(extent) for extent in extents] for extents in maps)
+    assert list(joined(ours)) == list(joined(expected))
+    assert qemu_img("compare", "-f", kind, "-F", kind, "ours", "theirs").status == 0
+
+
+def kinds_of(extent: dict[str, Any]) -> tuple[int, tuple[Any, ...]]:
+    return extent["length"], tuple(extent[name] for name in ("depth", "present", "zero", "data"))
+
+
+def joined(extents: list[tuple[int, tuple[Any, ...]]]) -> Iterator[tuple[int, tuple[Any, ...]]]:
+    """The same, extents that are alike made one."""
+    for kinds, group in itertools.groupby(extents, key=lambda extent: extent[1]):
+        yield sum(length for length, _ in group), kinds
