@@ -39,7 +39,13 @@ class Reload:
             self._stop.request()
             return
         self._manager.reloading()
-        self._reopen_log()
+        try:
+            self._reopen_log()
+            self._read_again()
+        finally:
+            self._manager.ready()
+
+    def _read_again(self) -> None:
         for name, read_again in self._files.items():
             try:
                 read_again()
@@ -54,7 +60,6 @@ class Reload:
                 log.info("%s were read again", name, extra=about(events.RELOADED))
         if not self._files:
             log.info("there is nothing to be read again", extra=about(events.RELOADED))
-        self._manager.ready()
 
     def _reopen_log(self) -> None:
         if self._log_file is None:
