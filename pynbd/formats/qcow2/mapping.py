@@ -139,6 +139,15 @@ class ClusterMapping:
         table.used = True
         return (entry & OFFSET_MASK) + within
 
+    def owned_run_at(self, offset: int, length: int) -> int:
+        """The same for bytes of several clusters, if these follow each other in the file."""
+        if length <= self.cluster - (offset & (self.cluster - 1)):
+            return 0
+        found = self.lookup(offset, offset + length)
+        if found is None or found.kind != DATA or not found.own or found.stop < offset + length:
+            return 0
+        return found.host
+
     def kind(self, entry: int) -> int:
         """What an L2 entry says, if it is not extended."""
         if entry & COMPRESSED:

@@ -95,11 +95,13 @@ class Writer:
         length = len(data)
         if self.driver.encryption is not None or self.image.fence is not None:
             return False
-        host = self.map.owned_host_of(offset, length)
+        host = self.map.owned_host_of(offset, length) or self.map.owned_run_at(offset, length)
         if not host:
             return self._allocate_now(offset, data)
-        if host >> self.map.bits in self.image.metadata.kinds and not self.has_data_file:
-            return False
+        if not self.has_data_file:
+            kinds, bits = self.image.metadata.kinds, self.map.bits
+            if any(cluster in kinds for cluster in range(host >> bits, (host + length - 1 >> bits) + 1)):
+                return False
         if self.requests.in_flight and self._is_changing(offset, offset + length):
             return False
         return self.guest_file.write_now(host, data)

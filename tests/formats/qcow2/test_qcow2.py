@@ -138,3 +138,33 @@ async def test_code_is_never_run_because_an_image_says_so(graph: Graph, tmp_path
         await graph.open(in_file(path))
     node = await graph.open(in_file(path, backing=None))
     assert set(node.children) == {"file"}
+
+
+@pytest.mark.parametrize("options", ["cluster_size=4k", "extended_l2=on,cluster_size=16k"])
+async def test_long_writes_in_place(graph: Graph, tmp_path: Path, options: str) -> None:
+    """Clusters that follow each other in the file, and belong to the disk alone, are written at once."""
+    cluster = 16 << 10
+    path = made(tmp_path, options, SIZE)
+    work = await Workload.opened(graph, in_file(path), bytes(SIZE), seed=1)
+
+    def write_now(offset: int, data: bytes) -> bool:
+        if not work.backend.write_now(offset, memoryview(data)):
+            return False
+        work.model[offset : offset + len(data)] = data
+        return True
+
+    assert not write_now(0, b"a" * 2 * cluster)  # nothing is there
+    for offset in (0, 9 * cluster, 5 * cluster):
+        await work.backend.write(offset, memoryview(b"b" * 4 * cluster))
+        work.model[offset : offset + 4 * cluster] = b"b" * 4 * cluster
+    assert write_now(100, b"c" * 3 * cluster)
+    assert write_now(9 * cluster, b"d" * 4 * cluster)
+    assert not write_now(3 * cluster, b"e" * 2 * cluster)  # half of it is not there
+    assert not write_now(8 * cluster, b"f" * 2 * cluster)  # it lies elsewhere
+    await work.check()
+    await work.driver.snapshot_create("one")
+    assert not write_now(0, b"g" * 2 * cluster)  # it belongs to the snapshot as well
+    await work.check()
+    await work.close()
+    assert is_sound(path)
+    assert read_by_qemu(path) == work.model
