@@ -33,7 +33,7 @@ def test_help_imports_nothing_that_is_slow(arguments: list[str]) -> None:
 
 NOT_FOR_SMALL_COMMANDS = (
     *("cryptography", "ctypes", "difflib", "json", "nbd_protocol", "pathlib", "rich", "shutil", "tempfile"),
-    *("pynbd.crypto", "pynbd.server", "pynbd.storage.aio", "pynbd.storage.nbd"),
+    *("pynbd.crypto.ciphers", "pynbd.crypto.luks", "pynbd.server", "pynbd.storage.aio", "pynbd.storage.nbd"),
     *(f"pynbd.formats.qcow2.{part}" for part in ("bitmaps", "check", "encryption", "snapshots")),
 )
 """What takes a good part of the time that a command needs which only looks into the header of an image."""
