@@ -106,10 +106,8 @@ async def counted(
         yield Counted(served, witness, client, connection)
 
 
-async def end(case: Counted, how: str, cookie: int) -> None:
-    """End the connection; what waits in the driver goes on only afterwards, and stays counted until then."""
-    driver = case.driver
-    in_the_driver = len(driver.waiting)
+def leave(case: Counted, how: str) -> None:
+    """Let the client go, or let it be sent away; "answered" is neither."""
     match how:
         case "closed":
             case.client.sock.close()
@@ -117,6 +115,13 @@ async def end(case: Counted, how: str, cookie: int) -> None:
             case.client.sock.shutdown(socket.SHUT_WR)
         case "aborted":
             case.connection.abort()
+
+
+async def end(case: Counted, how: str, cookie: int) -> None:
+    """End the connection; what waits in the driver goes on only afterwards, and stays counted until then."""
+    driver = case.driver
+    in_the_driver = len(driver.waiting)
+    leave(case, how)
     await still()
     assert case.whole.requests >= in_the_driver, "what a client asked for goes on without it, and counts"
     driver.release()
@@ -233,13 +238,7 @@ async def test_spans(mode: ReplyMode, how: str, tmp_path: Path) -> None:
         assert case.connection.account.held <= CHUNK_OVERHEAD_BYTES, "it is a span"
         await still()
         assert case.counts(1, 16 * MIB)
-        match how:
-            case "closed":
-                case.client.sock.close()
-            case "half-closed":
-                case.client.sock.shutdown(socket.SHUT_WR)
-            case "aborted":
-                case.connection.abort()
+        leave(case, how)
         if how in ("answered", "half-closed"):
             assert (await case.client.reply(cookie)).data == data
         await case.nothing_is_counted()
