@@ -38,10 +38,11 @@ from pynbd.server.execution import HOLE_READ_BYTES, Execution, describe
 from pynbd.server.export import Export
 from pynbd.server.in_flight import InFlight, Part
 from pynbd.server.inline import InlineStarter
+from pynbd.server.late_reads import LateRead
 from pynbd.server.limits import Pace
 from pynbd.server.payload import Payload
 from pynbd.server.span_reads import SpanReads
-from pynbd.server.spans import FileSpan, is_whole
+from pynbd.server.spans import Deferred, FileSpan, is_whole
 from pynbd.server.wire import PIECE_BYTES, Item, Wire, together
 
 log = logging.getLogger(__name__)
@@ -249,10 +250,11 @@ class Connection:
 
     def _drop_answers(self) -> None:
         for item in self._out:
-            if isinstance(item, FileSpan):
+            if isinstance(item, Deferred):
                 item.release()
                 self.in_flight -= 1
-                self._span_bytes -= item.length
+                if isinstance(item, FileSpan):
+                    self._span_bytes -= item.length
         self._out.clear()
 
     def _end(self) -> None:
@@ -644,6 +646,10 @@ class Connection:
             self._awaiting_budget = True
             return False
         self.in_flight += 1
+        if length > INLINE_READ_BYTES and kind == READ and self._may_read_late(request):
+            late = LateRead(request, self.backend, self.account, self._replies, self._late_read_copied, self._read_rest)
+            self._out.append(late)
+            return True
         # The received bytes are overwritten at the next wake-up; a copy costs less than finding out who needs one.
         payload = memoryview(bytes(request.payload)) if request.payload is not None else None
         self._run(request, payload, length)
@@ -662,16 +668,16 @@ class Connection:
         self._starter.start(self._carry_out(request, payload, reserved, borrowed))
 
     async def _carry_out(
-        self, request: Request, payload: memoryview | None, reserved: int, borrowed: memoryview | None
+        self, request: Request, payload: memoryview | None, reserved: int, borrowed: memoryview | None, sent: int = 0
     ) -> None:
-        """One request from its start to its reply. It is never cancelled, and raises nothing."""
+        """One request from its start, or what was not `sent` of it, to its reply. It is never cancelled, nor raises."""
         execution = self._execution
         try:
             if request.type == WRITE and payload is not None:
                 await self.backend.write(request.offset, payload, FUA if request.flags & COMMAND_FUA else 0)
                 answer: list[Item] = [self._replies.done(request)]
             elif request.type == READ:
-                answer = await execution.read(request)
+                answer = await (execution.read_in_chunks(request, sent) if sent else execution.read(request))
             else:
                 answer = await execution.execute(request)
         except OSError as problem:
@@ -722,6 +728,21 @@ class Connection:
         self._span_bytes += request.length
         self._out += answer
         return True
+
+    def _may_read_late(self, request: Request) -> bool:
+        """Whether a read is likely to be answered piece by piece: its bytes are in files, but may move in them."""
+        if not self._replies.can_send_holes or request.flags & CommandFlag.DF:
+            return False
+        located = self.backend.locate(request.offset, request.length)
+        # Of what never moves it is known by now that it is not in memory, or a hole.
+        return located is not None and (located[2] < request.length or not self.export.located_for_good())
+
+    def _late_read_copied(self) -> None:
+        self.in_flight -= 1
+
+    def _read_rest(self, request: Request, sent: int) -> None:
+        """Some of a late read was not in memory after all."""
+        self._starter.start(self._carry_out(request, None, request.length, None, sent))
 
     def _span_sent(self, length: int) -> None:
         self.in_flight -= 1

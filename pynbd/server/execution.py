@@ -97,23 +97,32 @@ class Execution:
         if not length:
             return [self._replies.done(request)]
         if length >= HOLE_READ_BYTES and self._replies.can_send_holes and not request.flags & CommandFlag.DF:
-            return await self._read_with_holes(request)
+            return await self.read_in_chunks(request, 0)
         header = self._replies.read_header_size
         reply = bytearray(header + length)
         await self.backend.read(offset, memoryview(reply)[header:])
         self._replies.pack_read_header(reply, 0, request.cookie, offset, length)
         return [reply]
 
-    async def _read_with_holes(self, request: Request) -> list[Item]:
-        """A large read: holes are told, not sent."""
-        offset, end = request.offset, request.offset + request.length
+    async def read_in_chunks(self, request: Request, sent: int) -> list[Item]:
+        """The reply to a large read, or what is missing of it: holes are told, not sent.
+
+        Args:
+            request: the read.
+            sent: bytes of it that were sent already.
+
+        Raises:
+            OSError: what the backend said.
+        """
+        start, end = request.offset + sent, request.offset + request.length
+        offset = start
         extents: list[ChainExtent] = []
         while offset < end:
             found = await self.backend.block_status(offset, end - offset)
             extents += found
             offset += sum(extent.length for extent in found)
         items: list[Item] = []
-        offset = request.offset
+        offset = start
         for length, zero in runs(extents):
             done = offset + length == end
             if zero:

@@ -1,5 +1,6 @@
 """Spans: bytes that are sent straight from a file's pages, with no copy of them in this process."""
 
+import abc
 import os
 from collections.abc import Callable
 
@@ -57,7 +58,20 @@ def is_whole(fd: int, offset: int, length: int) -> bool:
         return False
 
 
-class FileSpan:
+class Deferred(abc.ABC):
+    """Part of an answer whose bytes are fetched when it is their turn to be sent; its length is how many."""
+
+    __slots__ = ()
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def release(self) -> None:
+        """It is sent, or never will be."""
+
+
+class FileSpan(Deferred):
     """Bytes that are sent straight from a file's pages, and what is to be sent behind them.
 
     Args:
@@ -80,5 +94,4 @@ class FileSpan:
         return self.length
 
     def release(self) -> None:
-        """It is sent, or never will be."""
         self.file.release()

@@ -5,6 +5,7 @@ from asyncio import AbstractEventLoop
 from collections.abc import Callable
 
 from pynbd.crypto.tls_socket import CHUNK_BYTES, TlsSocket
+from pynbd.server.late_reads import LateRead
 from pynbd.server.wire import PlainWire
 
 
@@ -39,6 +40,17 @@ class TlsWire(PlainWire):
         chunk = self._passing[: min(length, CHUNK_BYTES)]
         read = os.preadv(fd, [chunk], offset)
         return self._sock.send(chunk[:read])
+
+    def _send_late(self, read: LateRead) -> bool:
+        piece = read.next_piece(self._passing[:CHUNK_BYTES])
+        if not len(read) or piece is None:
+            self._queue.popleft()
+        if piece is not None:
+            # Of what is encrypted a part may have to wait, and must be there still: as any answer it is queued.
+            header, length = piece
+            self._queue.appendleft(b"".join((header, self._passing[:length])))
+            self.unsent += len(header) + length
+        return True
 
     def receive_into(self, into: memoryview) -> int:
         received = super().receive_into(into)

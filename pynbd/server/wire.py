@@ -14,7 +14,8 @@ from typing import Protocol
 from pynbd.crypto.tls_socket import TlsSocket
 from pynbd.server.buffers import Buffer
 from pynbd.server.loop import ServingLoop
-from pynbd.server.spans import FileSpan
+from pynbd.server.late_reads import LateRead
+from pynbd.server.spans import Deferred, FileSpan
 from pynbd.storage import linux
 
 MAX_VECTORS = 512
@@ -35,14 +36,14 @@ BEHIND_BYTES = 256 << 10
 JOINED_ANSWER_BYTES = 32 << 10
 """Answers up to this length together are copied into one buffer: a vectored send costs more for small ones."""
 
-Item = Buffer | FileSpan
+Item = Buffer | Deferred
 
 
 class Wire(Protocol):
     """What a connection needs of the bytes' way in and out."""
 
     unsent: int
-    """Bytes that are queued in memory (file spans count nothing)."""
+    """Bytes that are queued in memory (what is deferred counts nothing)."""
     moved: int
     """Bytes that have gone either way since the start: whether a peer makes progress."""
 
@@ -74,7 +75,7 @@ class Wire(Protocol):
         """Call `on_readable` whenever there is something to receive."""
 
     def close(self) -> int:
-        """Close at once; what is queued is dropped. Returns how many file spans were among it."""
+        """Close at once; what is queued is dropped. Returns how many of it were deferred."""
 
 
 class PlainWire:
@@ -130,7 +131,7 @@ class PlainWire:
             return
         idle = not self._queue
         self._queue.extend(items)
-        self.unsent += sum(len(item) for item in items if type(item) is not FileSpan)
+        self.unsent += sum(len(item) for item in items if not isinstance(item, Deferred))
         if idle:
             self._drain()
         self._watch()
@@ -178,19 +179,25 @@ class PlainWire:
         end_of_turn = self.moved + MAX_BYTES_A_TURN
         while self._queue and self.moved < end_of_turn:
             try:
-                progress = self._send_span() if type(self._queue[0]) is FileSpan else self._send_vectors()
+                head = self._queue[0]
+                if isinstance(head, FileSpan):
+                    progress = self._send_span(head)
+                elif isinstance(head, LateRead):
+                    progress = self._send_late(head)
+                else:
+                    progress = self._send_vectors()
             except (BlockingIOError, InterruptedError):
                 return
             if not progress:
                 return
 
     def _send_vectors(self) -> bool:
-        """Send buffers up to the next file span; False when the socket did not take all of them."""
+        """Send buffers up to the next thing that is deferred; False when the socket did not take all of them."""
         queue = self._queue
         vectors: list[Buffer] = []
         total = 0
         for item in queue:
-            if isinstance(item, FileSpan) or len(vectors) == MAX_VECTORS:
+            if isinstance(item, Deferred) or len(vectors) == MAX_VECTORS:
                 break
             vectors.append(item)
             total += len(item)
@@ -208,9 +215,31 @@ class PlainWire:
             queue.popleft()
         return sent == total
 
-    def _send_span(self) -> bool:
-        span = self._queue[0]
-        assert isinstance(span, FileSpan)
+    def _send_late(self, read: LateRead) -> bool:
+        piece = read.next_piece(self._passing[:PIECE_BYTES])
+        if not len(read) or piece is None:
+            self._queue.popleft()
+        if piece is None:
+            return True
+        header, length = piece
+        return self._send_passing(header, self._passing[:length])
+
+    def _send_passing(self, header: bytes, data: memoryview) -> bool:
+        """Send both ahead of the queue; what the socket does not take is copied. False when it did not take all."""
+        try:
+            sent = self._sock.sendmsg((header, data))
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        self.moved += sent
+        total = len(header) + len(data)
+        if sent == total:
+            return True
+        rest = b"".join((header[sent:], data[max(sent - len(header), 0) :]))
+        self._queue.appendleft(rest)
+        self.unsent += len(rest)
+        return False
+
+    def _send_span(self, span: FileSpan) -> bool:
         problem: OSError | None = None
         if span.length:
             try:
@@ -273,13 +302,13 @@ class PlainWire:
         if self._writing:
             self._writing = False
             self._loop.remove_writer(self._fd)
-        spans = [item for item in self._queue if isinstance(item, FileSpan)]
-        for span in spans:
-            span.release()
+        deferred = [item for item in self._queue if isinstance(item, Deferred)]
+        for item in deferred:
+            item.release()
         self._queue.clear()
         self.unsent = 0
         self._sock.close()
-        return len(spans)
+        return len(deferred)
 
 
 def tune(sock: socket.socket) -> None:
@@ -299,7 +328,7 @@ def together(items: list[Item]) -> list[Item]:
         return items
     total = 0
     for item in items:
-        if isinstance(item, FileSpan):
+        if isinstance(item, Deferred):
             return items
         total += len(item)
-    return [b"".join(items)] if total <= JOINED_ANSWER_BYTES else items  # type: ignore[arg-type]  # no span is among them
+    return [b"".join(items)] if total <= JOINED_ANSWER_BYTES else items  # type: ignore[arg-type]  # nothing deferred is among them

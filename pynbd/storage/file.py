@@ -45,6 +45,8 @@ BUFFERED_WRITERS = 2
 FALLBACK_DIRECT_ALIGNMENT = 4096
 """For direct I/O where the kernel does not say; no disk in use has larger blocks."""
 
+new_tuple = tuple.__new__
+
 FUA = int(RequestFlag.FUA)
 MAY_UNMAP = int(RequestFlag.MAY_UNMAP)
 NO_FALLBACK = int(RequestFlag.NO_FALLBACK)
@@ -193,7 +195,8 @@ class File(Driver):
         inside = self.size - offset
         if self._nowait is None or inside <= 0:
             return None
-        return Location(self._fd, offset, length if length < inside else inside, self._nowait)
+        # As `Location(…)`, in half the time.
+        return new_tuple(Location, (self._fd, offset, length if length < inside else inside, self._nowait))
 
     def located_for_good(self) -> bool:
         return self._nowait is not None

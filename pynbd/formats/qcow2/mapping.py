@@ -48,6 +48,7 @@ class ClusterMapping:
     def __init__(self, image: Image) -> None:
         header = image.header
         self.image = image
+        self._slices = image.l2.tables
         self.bits = header.cluster_bits
         self.cluster = header.cluster_size
         self.extended = header.extended_l2
@@ -112,24 +113,26 @@ class ClusterMapping:
 
         What `lookup` would say for most requests, in a third of the time.
         """
-        table = self.image.l2.tables.get(offset >> self.slice_bits)
+        table = self._slices.get(offset >> self.slice_bits)
         if table is None or self.extended:
             return 0
-        within = offset & (self.cluster - 1)
-        entry = table.words[offset >> self.bits & self.index_mask]
-        if within + length > self.cluster:
+        cluster = self.cluster
+        within = offset & (cluster - 1)
+        if within + length > cluster:
             return 0
+        entry = table.words[offset >> self.bits & self.index_mask]
         if not entry:
             return -1
+        host = entry & OFFSET_MASK
         # Neither zero nor compressed, aligned, and something.
-        if entry & self.not_plain or not entry & OFFSET_MASK:
+        if entry & self.not_plain or not host:
             return 0
         table.used = True
-        return (entry & OFFSET_MASK) + within
+        return host + within
 
     def owned_host_of(self, offset: int, length: int) -> int:
         """The same, if the cluster may be written in place."""
-        table = self.image.l2.tables.get(offset >> self.slice_bits)
+        table = self._slices.get(offset >> self.slice_bits)
         if table is None or self.extended:
             return 0
         within = offset & (self.cluster - 1)

@@ -53,10 +53,9 @@ class ClusterReader(Driver):
         elif host := self.map.host_of(offset, length):
             if host > 0:
                 return self.guest_file.locate(host, length)
+            # What lies behind the end of the layer below is not there: it locates less, or nothing.
             below = self.node.children.get("backing")
-            if below is None or end > below.size:
-                return None
-            return below.locate(offset, length)
+            return None if below is None else below.locate(offset, length)
         if offset >= end:
             return None
         found = self.map.lookup(offset, end)
