@@ -13,8 +13,8 @@ from typing import Protocol
 
 from pynbd.crypto.tls_socket import TlsSocket
 from pynbd.server.buffers import Buffer
-from pynbd.server.loop import ServingLoop
 from pynbd.server.late_reads import LateRead
+from pynbd.server.loop import ServingLoop
 from pynbd.server.spans import Deferred, FileSpan
 from pynbd.storage import linux
 

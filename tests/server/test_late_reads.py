@@ -1,4 +1,4 @@
-"""Long reads of what lies scattered: piece by piece, each looked up when it is sent, the long way where that can't be."""
+"""Long reads of what lies scattered: piece by piece, looked up when it is sent; the long way where that can't be."""
 
 import asyncio
 import random
@@ -10,9 +10,9 @@ from nbd_protocol.constants import Command, CommandFlag, Errno, ReplyMode
 from pynbd.block.statistics import Operation
 from pynbd.server.connection import INLINE_READ_BYTES
 from pynbd.server.wire import PIECE_BYTES
+from tests.crypto.tls_ends import credentials
 from tests.server.clients import LIMIT_S, Client, Served, serving
 from tests.server.scattered import SCATTERED, Scattered, scattered
-from tests.crypto.tls_ends import credentials
 from tests.server.test_tls import secure_server, secured
 
 KIB, MIB = 1 << 10, 1 << 20
