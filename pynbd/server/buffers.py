@@ -13,6 +13,11 @@ KEPT_BYTES = 16 << 20
 """What is kept for later, all sizes together."""
 
 
+def anonymous_memory(size: int) -> memoryview:
+    """So many zero bytes of memory, which begin with a page."""
+    return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+
+
 class BufferPool:
     """Free buffers by size. Sizes are powers of two; addresses are those of pages, as direct I/O likes them."""
 
@@ -27,7 +32,7 @@ class BufferPool:
         if free:
             self._kept -= size
             return free.pop()
-        return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        return anonymous_memory(size)
 
     def give(self, buffer: memoryview) -> None:
         """Take back a buffer that nobody uses any more."""

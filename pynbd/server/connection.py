@@ -14,7 +14,6 @@ The ways of a request:
 """
 
 import logging
-import mmap
 import os
 from asyncio import TimerHandle
 from collections import deque
@@ -32,7 +31,7 @@ from pynbd.block.requests import RequestFlag
 from pynbd.block.statistics import Operation
 from pynbd.server import events
 from pynbd.server.budget import RESERVE_BYTES, Account
-from pynbd.server.buffers import BufferPool
+from pynbd.server.buffers import BufferPool, anonymous_memory
 from pynbd.server.events import about
 from pynbd.server.execution import HOLE_READ_BYTES, Execution, describe
 from pynbd.server.export import Export
@@ -68,6 +67,10 @@ MAX_UNSENT_BYTES = 4 << 20
 """Answers that a client has not taken yet; beyond it no further requests of that client are looked at.
 Where the memory of the process runs short, it is the connection's reserve instead."""
 
+ALIGNED_READ_BYTES = 32 << 10
+ALIGNMENT = 64
+"""From that length on the data of a read begin at such an address: the kernel copies to others much slower."""
+
 PAYLOAD_STEP_BYTES = 1 << 20
 """Memory for a payload is reserved in such steps, as the payload arrives."""
 
@@ -89,10 +92,9 @@ class Scratch:
     def __init__(self) -> None:
         self.buffers = BufferPool()
         self.received = memoryview(bytearray(RECEIVE_BYTES + (128 << 10)))
-        self.answers = bytearray(ANSWERS_BYTES + MAX_BATCH_REQUESTS * ExtendedReplies.done_size)
-        self.answers_view = memoryview(self.answers)
         # At the start of a page: the kernel copies several times slower to addresses that are odd multiples of 16.
-        self.passing = memoryview(mmap.mmap(-1, PIECE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        self.answers = anonymous_memory(ANSWERS_BYTES + MAX_BATCH_REQUESTS * ExtendedReplies.done_size)
+        self.passing = anonymous_memory(PIECE_BYTES)
 
 
 class Connection:
@@ -500,14 +502,15 @@ class Connection:
         refusal, replies, scratch = self.rules.refusal, self._replies, self._scratch
         pack, header = replies.pack_read_header, replies.read_header_size
         pack_done, done_size = replies.pack_done, replies.done_size
-        answers, view = scratch.answers, scratch.answers_view
+        answers = scratch.answers
         locate, preadv, write_now = self.backend.locate, os.preadv, self.backend.write_now
         write_through = not self.backend.write_cache
         asks_from = self._asks_from
         # Where the client's requests are counted, each of those that wait for a flush is; they go the long way.
         may_flush = self._part is None and self.in_flight + MAX_BATCH_REQUESTS < MAX_REQUESTS_IN_FLIGHT
         durable: list[Request] = []
-        position = count = total = written = total_written = begun = 0
+        position = count = total = written = total_written = begun = part = 0
+        parts: list[memoryview] = []
         started = perf_counter_ns()
         for index, request in enumerate(requests):
             refused = refusal(request)
@@ -518,6 +521,8 @@ class Connection:
             if request.type == READ and 0 < length <= INLINE_READ_BYTES:
                 located = locate(request.offset, length)
                 data = position + header
+                if length >= ALIGNED_READ_BYTES and data & (ALIGNMENT - 1):
+                    data += -data & (ALIGNMENT - 1)
                 end = data + length
                 if (
                     located is not None
@@ -529,10 +534,14 @@ class Connection:
                         self._continue_soon()
                         break
                     try:
-                        got = preadv(located[0], [view[data:end]], located[1], located[3])
+                        got = preadv(located[0], [answers[data:end]], located[1], located[3])
                     except OSError:
                         got = -1  # not in memory, or failed: either way it takes the long way
                     if got == length:
+                        if position + header != data:
+                            if position > part:
+                                parts.append(answers[part:position])
+                            part = position = data - header
                         pack(answers, position, request.cookie, request.offset, length)
                         position = end
                         count += 1
@@ -572,7 +581,11 @@ class Connection:
             self.backend.statistics.account(Operation.READ, count, total, perf_counter_ns() - started)
         if position:
             try:
-                self.wire.send_borrowed(view[:position])
+                if part:
+                    parts.append(answers[part:position])
+                    self.wire.send_borrowed_parts(parts)
+                else:
+                    self.wire.send_borrowed(answers[:position])
             except OSError as problem:
                 self._lose(problem)
         if durable and not self._lost:

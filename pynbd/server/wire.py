@@ -68,6 +68,9 @@ class Wire(Protocol):
     def send_borrowed(self, view: memoryview) -> None:
         """As `send`, for one buffer that is used again at once: what is not sent is copied."""
 
+    def send_borrowed_parts(self, parts: list[memoryview]) -> None:
+        """As `send_borrowed`, for several buffers."""
+
     def pause_reading(self) -> None:
         """Do not call `on_readable` until `resume_reading`."""
 
@@ -151,6 +154,23 @@ class PlainWire:
                 return
         self._queue.append(bytes(view[sent:]))
         self.unsent += len(view) - sent
+        self._watch()
+
+    def send_borrowed_parts(self, parts: list[memoryview]) -> None:
+        if self._closed:
+            return
+        sent = 0
+        if not self._queue:
+            try:
+                sent = self._sock.sendmsg(parts)
+            except (BlockingIOError, InterruptedError):
+                sent = 0
+            self.moved += sent
+        for part in parts:
+            if sent < len(part):
+                self._queue.append(bytes(part[sent:]))
+                self.unsent += len(part) - sent
+            sent = max(sent - len(part), 0)
         self._watch()
 
     def _watch(self) -> None:

@@ -448,6 +448,22 @@ async def test_a_payload_that_breaks_off_gives_its_memory_back() -> None:
         assert not served.server.budget.taken
 
 
+@pytest.mark.parametrize("mode", MODES)
+async def test_short_and_long_reads_of_one_batch(mode: ReplyMode) -> None:
+    """The data of long ones are moved to an aligned address, and what would lie between is left out."""
+    content = random.Random(9).randbytes(8 * MIB)
+    source = random.Random(str(mode))
+    async with serving(MEMORY) as served:
+        client = await served.connect(mode=mode)
+        await client.write(0, content)
+        for _ in range(30):
+            lengths = [source.choice([1, 100, 4096, 32 * KIB, 40_000, 64 * KIB]) for _ in range(source.randint(1, 12))]
+            asked = [(source.randrange(8 * MIB - length), length) for length in lengths]
+            cookies = await send_together(client, *((Command.READ, offset, length) for offset, length in asked))
+            for cookie, (offset, length) in zip(cookies, asked, strict=True):
+                assert (await client.reply(cookie)).data == content[offset : offset + length]
+
+
 # --- sendfile -------------------------------------------------------------------------------------------------
 
 

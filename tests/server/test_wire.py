@@ -107,7 +107,12 @@ async def test_all_bytes_arrive_in_order(seed: int, file: Path) -> None:
             size = source.randint(1, len(borrowed))
             borrowed[:size] = source.randbytes(size)
             expected += borrowed[:size]
-            end.wire.send_borrowed(memoryview(borrowed)[:size])
+            if source.random() < 0.5:
+                end.wire.send_borrowed(memoryview(borrowed)[:size])
+            else:
+                cuts = sorted(source.randrange(size) for _ in range(source.randrange(4)))
+                parts = zip([0, *cuts], [*cuts, size], strict=True)
+                end.wire.send_borrowed_parts([memoryview(borrowed)[start:stop] for start, stop in parts])
             borrowed[:] = bytes(len(borrowed))  # it is used for something else at once
             assert end.wire.unsent >= 0
             await asyncio.sleep(0)
