@@ -26,7 +26,7 @@ class Extent(msgspec.Struct, frozen=True, gc=False):
     Args:
         length: bytes, never 0.
         status: what is known of it.
-        where: the node that holds the bytes verbatim, if one does.
+        where: the node that holds the bytes verbatim, if one does; without DATA, that has a place for them.
         host_offset: where in that node, in bytes.
     """
 

@@ -116,7 +116,7 @@ async def chain_status(node: "Node", offset: int, length: int, base: "Node | Non
             result.append(ChainExtent(extent.length, status, depth, extent.where, extent.host_offset))
         elif last or backing is None:
             zero = Status.ZERO if backing is None else Status.NONE
-            result.append(ChainExtent(extent.length, status | zero, 0))
+            result.append(ChainExtent(extent.length, status | zero, 0, extent.where, extent.host_offset))
         else:
             below = await chain_status(backing, offset, extent.length, base, depth + 1)
             result.extend(below)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, Any
 
 from pynbd.cli.img import arguments as common
+
+if TYPE_CHECKING:
+    from pynbd.block.driver import Driver
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,9 +45,9 @@ async def run(arguments: argparse.Namespace) -> int:
         return 0
     graph = common.new_graph(arguments)
     (filename,) = common.expect(arguments.words, 1, "one image file name")
+    if not all(arguments.options):
+        raise OptionError("-o: there are no options in ''")
     changes = common.parse_creation_options(arguments.options)
-    if arguments.force:
-        changes["force"] = "on"
     tree = describe(graph, filename, arguments.format, image_opts=arguments.image_opts)
     done, total = 0, 1
 
@@ -54,8 +58,42 @@ async def run(arguments: argparse.Namespace) -> int:
     async with open_node(graph, tree, writing=True, cache=arguments.cache) as node:
         if not isinstance(node.driver, Amendable):
             raise OptionError(f"{filename}: format {node.driver.name!r} has no options that can be changed")
+        if arguments.force and "force" in _option_names(node.driver):
+            changes["force"] = "on"
+        _keep_disk(node.driver, changes, filename)
         wanted = arguments.progress and not arguments.quiet
         with shown(1000, lambda: 1000 * done // total, wanted=wanted):
             async with drained(node):
                 await node.driver.amend(changes, progress)
     return 0
+
+
+def _option_names(driver: Driver) -> frozenset[str]:
+    import msgspec
+
+    options = getattr(driver, "AmendOptions", None)
+    return (
+        frozenset(field.encode_name for field in msgspec.structs.fields(options))
+        if options is not None
+        else frozenset()
+    )
+
+
+def _keep_disk(driver: Driver, changes: dict[str, Any], filename: str) -> None:
+    """Take out what changes nothing, and refuse what only a rebase does without another disk as its result.
+
+    A size of 0 is none: as for qemu-img, the disk keeps its own.
+
+    Raises:
+        OptionError: another backing file is wanted.
+    """
+    from pynbd.block.errors import OptionError
+    from pynbd.block.families import Backed
+    from pynbd.block.options import parse_size
+
+    if "size" in changes and not parse_size(str(changes["size"])):
+        del changes["size"]
+    if not isinstance(driver, Backed) or not {"backing_file", "backing_fmt"} & changes.keys():
+        return
+    if (changes.pop("backing_file", ""), changes.pop("backing_fmt", "")) != driver.backing_name():
+        raise OptionError(f"{filename}: the backing file is not changed by amend; use `pynbd img rebase`")

@@ -51,7 +51,8 @@ async def run(arguments: argparse.Namespace) -> int:
     granularity = _granularity(arguments)
     async with contextlib.AsyncExitStack() as opened:
         tree = describe(graph, filename, arguments.format, image_opts=arguments.image_opts)
-        node = await opened.enter_async_context(open_node(graph, tree, writing=True))
+        # What lies below has no part in it, and may be missing.
+        node = await opened.enter_async_context(open_node(graph, {"backing": None, **tree}, writing=True))
         # Nobody else may write meanwhile, who would not know of the bitmap.
         await opened.enter_async_context(attached(graph, node, filename, writing=True))
         source = node

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 async def run(arguments: argparse.Namespace) -> int:
     """Carry the verb out; its exit status."""
     from pynbd.block.errors import BlockError
+    from pynbd.block.options import parse_size
     from pynbd.cli.img.chain import backing_trees
     from pynbd.cli.img.images import describe
     from pynbd.cli.interruption import Interruption
 
     graph = common.new_graph(arguments)
+    rate = parse_size(arguments.rate, what="-r") if arguments.rate is not None else 0
     (filename,) = common.expect(arguments.words, 1, "one image file name")
     tree = describe(graph, filename, arguments.format, image_opts=arguments.image_opts)
     below = await backing_trees(graph, tree)
@@ -47,7 +50,7 @@ async def run(arguments: argparse.Namespace) -> int:
     with interruption.listening():
         async with contextlib.AsyncExitStack() as opened:
             base, top = await _open(graph, tree, below, depth, arguments.cache, opened)
-            await _commit(graph, arguments, top, base, interruption)
+            await _commit(graph, arguments, top, base, rate, interruption)
     if not arguments.quiet:
         print("Image committed.")
     return 0
@@ -64,7 +67,8 @@ def _depth(below: Sequence[dict[str, Any]], base: str | None, filename: str) -> 
     if base is None:
         return 0
     for depth, tree in enumerate(below):
-        if tree.get("file", tree).get("filename") == base:
+        name = tree.get("file", tree).get("filename")
+        if name == base or (name is not None and os.path.realpath(name) == os.path.realpath(base)):
             return depth
     raise BlockError(f"{base!r} is not among the backing files of {filename}")
 
@@ -91,11 +95,12 @@ async def _open(
     return base, top
 
 
-async def _commit(graph: Graph, arguments: argparse.Namespace, top: Node, base: Node, interruption: Any) -> None:
+async def _commit(
+    graph: Graph, arguments: argparse.Namespace, top: Node, base: Node, rate: int, interruption: Any
+) -> None:
     from pynbd.block.drain import drained
     from pynbd.block.errors import BlockError
     from pynbd.block.families import Emptiable
-    from pynbd.block.options import parse_size
     from pynbd.block.permissions import Permission
     from pynbd.cli.copier import Copier
     from pynbd.cli.img.images import attached
@@ -117,7 +122,7 @@ async def _commit(graph: Graph, arguments: argparse.Namespace, top: Node, base: 
             requests=REQUESTS,
             request_bytes=PIECE_BYTES,
             in_order=base.driver.name != "raw",
-            bytes_per_s=parse_size(arguments.rate, what="-r") if arguments.rate is not None else 0,
+            bytes_per_s=rate,
         )
         wanted = arguments.progress and not arguments.quiet
         with interruption.stops(copier), shown(source.size, lambda: copier.done_bytes, wanted=wanted):

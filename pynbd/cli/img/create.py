@@ -90,6 +90,7 @@ async def _with_size(
         OptionError: nothing tells the size, or the backing file is given without its format.
         OSError, BlockError: the backing file can't be opened.
     """
+    from pynbd.block import registry
     from pynbd.block.errors import OptionError
     from pynbd.cli.img import creation
 
@@ -100,6 +101,7 @@ async def _with_size(
             raise OptionError("backing_file: the name of the backing file is empty")
         if "backing_fmt" not in given:
             raise OptionError(f"backing file {backing!r} without its format: give it with -F")
+        registry.driver_class(given["backing_fmt"])
         if not arguments.unsafe:
             size = await creation.backing_size(graph, filename, backing, given["backing_fmt"])
             return {"size": size, **given}

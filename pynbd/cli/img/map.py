@@ -111,7 +111,7 @@ async def _layer(node: Node, start: int, length: int, depth: int) -> AsyncIterat
         if extent.status & (Status.ALLOCATED | Status.DATA | Status.ZERO):
             yield _entry(extent, start, depth)
         elif backing is None or start >= backing.size:
-            yield Entry(start, extent.length, depth, zero=True)
+            yield _entry(extent, start, depth)._replace(zero=True)
         else:
             below = 0
             async for entry in _layer(backing, start, min(extent.length, backing.size - start), depth + 1):

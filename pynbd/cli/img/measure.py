@@ -63,7 +63,7 @@ async def _measure(graph: Graph, arguments: argparse.Namespace, size: int, sourc
     from pynbd.block.families import Measurable
     from pynbd.cli.img import creation
 
-    given = {"size": str(size), **common.parse_creation_options(arguments.options)}
+    given = {**common.parse_creation_options(arguments.options), "size": str(size)}
     new = creation.plan(graph, "", arguments.target_format, given)
     kind: Any = new.kind
     if not issubclass(kind, Measurable):

@@ -49,6 +49,7 @@ async def run(arguments: argparse.Namespace) -> int:
     (filename,) = common.expect(arguments.words, 1, "one image file name")
     if arguments.backing is None and not arguments.unsafe:
         raise OptionError("the new backing file is missing: give -b, or -u for none")
+    common.cache_mode(arguments.source_cache)
     if arguments.backing_format:
         registry.driver_class(arguments.backing_format)
     backing = arguments.backing or ""

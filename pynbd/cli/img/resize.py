@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def protect(words: Sequence[str]) -> Sequence[str]:
     """The words, with a size like `-1G` at their end kept from being taken for an option."""
-    if words and words[-1][:1] == "-" and words[-1][1:2].isdigit():
+    if "--" not in words and words and words[-1][:1] == "-" and words[-1][1:2].isdigit():
         return [*words[:-1], "--", words[-1]]
     return words
 

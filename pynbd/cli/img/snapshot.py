@@ -47,7 +47,11 @@ async def run(arguments: argparse.Namespace) -> int:
             elif arguments.apply is not None:
                 await node.driver.snapshot_goto(arguments.apply)
             else:
-                await node.driver.snapshot_delete(arguments.delete)
+                # By its name only, as qemu-img does it: what is a name to a script must not be another one's number.
+                ids = [known.id for known in node.driver.snapshot_list() if known.name == arguments.delete]
+                if not ids:
+                    raise BlockError(f"{filename}: there is no snapshot named {arguments.delete!r}")
+                await node.driver.snapshot_delete(ids[0])
     return 0
 
 

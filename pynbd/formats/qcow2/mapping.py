@@ -28,14 +28,16 @@ class Piece(NamedTuple):
     Args:
         kind: what they are.
         stop: where they end.
-        host: of `DATA`, where they lie; of `COMPRESSED`, the descriptor.
+        host: of `DATA`, where they lie; of `COMPRESSED`, the descriptor; of `ZERO` and `NOWHERE`, see `allocated`.
         own: of `DATA`, whether nothing else points to the clusters, so that they may be written in place.
+        allocated: of `ZERO` and `NOWHERE`, whether they have a place all the same: `host`.
     """
 
     kind: int
     stop: int
     host: int = 0
     own: bool = False
+    allocated: bool = False
 
 
 class ClusterMapping:
@@ -104,7 +106,16 @@ class ClusterMapping:
             return Piece(DATA, stop, (entry & OFFSET_MASK) + (offset & (self.cluster - 1)), bool(entry & COPIED))
         if kind in (PACKED, INVALID):
             return Piece(kind, min(end, base + (following << self.bits)), entry)
-        while following < last and (words[following] == entry or self.kind(words[following]) == kind):
+        if entry & OFFSET_MASK:
+            expected = entry + self.cluster
+            while following < last and words[following] == expected:
+                following += 1
+                expected += self.cluster
+            host = (entry & OFFSET_MASK) + (offset & (self.cluster - 1))
+            return Piece(kind, min(end, base + (following << self.bits)), host, allocated=True)
+        while following < last and (
+            words[following] == entry or (self.kind(words[following]) == kind and not words[following] & OFFSET_MASK)
+        ):
             following += 1
         return Piece(kind, min(end, base + (following << self.bits)))
 
@@ -181,18 +192,20 @@ class ClusterMapping:
         if kind == PACKED:
             return Piece(kind, min(end, base + (index + 1 << self.bits)), entry)
         host, own = (entry & OFFSET_MASK) + (offset & (self.cluster - 1)), bool(entry & COPIED)
-        expected = entry
+        expected, placed = entry, bool(entry & self.host_mask)
         while stop < end:
             number += 1
             if number == SUBCLUSTERS:
                 number, index, expected = 0, index + 1, expected + self.cluster
                 entry, bitmap = words[2 * index], words[2 * index + 1]
-                if kind == DATA and entry != expected:
+                if entry != expected if placed else entry & self.host_mask:
                     break
             if self.unit_kind(entry, bitmap, number) != kind:
                 break
             stop += unit
-        return Piece(kind, min(stop, end), host, own) if kind == DATA else Piece(kind, min(stop, end), entry)
+        if kind == INVALID or not placed:
+            return Piece(kind, min(stop, end), entry)
+        return Piece(kind, min(stop, end), host, own and kind == DATA, kind != DATA)
 
     # --- entries -------------------------------------------------------------------------------------------
 

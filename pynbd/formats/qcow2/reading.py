@@ -162,6 +162,7 @@ class ClusterReader(Driver):
     async def block_status(self, offset: int, length: int) -> Sequence[Extent]:
         found: list[Extent] = []
         end = offset + length
+        verbatim = self.guest_file.node if self.encryption is None else None
         data = Status.DATA | Status.ALLOCATED
         if await self.asks_for_holes():
             data |= Status.RECURSE
@@ -169,11 +170,14 @@ class ClusterReader(Driver):
             piece = await self.map.piece(offset, end)
             run = piece.stop - offset
             if piece.kind == DATA:
-                verbatim = self.guest_file.node if self.encryption is None else None
-                found.append(Extent(run, data, verbatim, piece.host if verbatim is not None else 0))
+                status = data
             elif piece.kind == PACKED:
-                found.append(Extent(run, Status.DATA | Status.ALLOCATED))
+                status = Status.DATA | Status.ALLOCATED
             else:
-                found.append(Extent(run, Status.ZERO | Status.ALLOCATED if piece.kind == ZEROES else Status.NONE))
+                status = Status.ZERO | Status.ALLOCATED if piece.kind == ZEROES else Status.NONE
+            if verbatim is not None and (piece.kind == DATA or piece.allocated):
+                found.append(Extent(run, status, verbatim, piece.host))
+            else:
+                found.append(Extent(run, status))
             offset = piece.stop
         return found

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.img.chains import qemu
-from tests.cli.img.side_by_side import failure, ok, qemu_img, same
+from tests.cli.img.side_by_side import failure, img, ok, qemu_img, same
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,28 @@ def test_a_key_is_added(folder: Path) -> None:
 
 def test_help() -> None:
     assert "  new-secret=<str> " in ok("amend", "-f", "luks", "-o", "help")
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (("-o", "backing_file=other.raw,backing_fmt=raw"), 1),
+        (("-o", "backing_file="), 1),
+        (("-o", "backing_fmt=qcow2"), 1),
+        (("-o", "backing_file=base.raw,backing_fmt=raw"), 0),
+        (("-o", "size=0"), 0),
+        (("--force", "-o", "compat=0.10"), 0),
+        (("-o", ""), 1),
+    ],
+)
+def test_the_disk_stays(folder: Path, words: tuple[str, ...], status: int) -> None:
+    """What would show another disk is refused or ignored, as by qemu-img."""
+    (folder / "base.raw").write_bytes(b"base" * 16384)
+    (folder / "other.raw").write_bytes(b"other" * 16384)
+    for name in ("ours", "theirs"):
+        made = qemu_img("create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", f"{name}.qcow2")
+        assert made.status == 0, made
+    assert qemu_img("amend", *words, "theirs.qcow2").status == status
+    assert img("amend", *words, "ours.qcow2").status == status
+    assert qemu_img("compare", "-s", "ours.qcow2", "theirs.qcow2").status == 0
+    assert qemu_img("compare", "ours.qcow2", "base.raw").status == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.img.side_by_side import same
+from tests.cli.img.side_by_side import ok, qemu_img, same
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,10 @@ from tests.cli.img.side_by_side import same
 )
 def test_raw(words: tuple[str, ...], disk: Path) -> None:
     same("bitmap", *words)
+
+
+def test_an_image_whose_backing_file_is_missing(folder: Path) -> None:
+    made = qemu_img("create", "-q", "-f", "qcow2", "-u", "-b", "missing.raw", "-F", "raw", "a.qcow2", "1M")
+    assert made.status == 0, made
+    ok("bitmap", "--add", "a.qcow2", "ours")
+    assert qemu_img("bitmap", "--remove", "a.qcow2", "ours").status == 0

@@ -56,3 +56,16 @@ def test_into_raw(disk: Path) -> None:
     assert ok("commit", "top.qcow2") == "Image committed.\n"
     assert disk.read_bytes() == content
     assert shown("top.qcow2") == content
+
+
+def test_a_wrong_rate_is_found_before_the_base_changes(folder: Path) -> None:
+    make_chain()
+    before = (folder / "mid.qcow2").read_bytes()
+    same("commit", "-r", "10X", "top.qcow2")
+    assert (folder / "mid.qcow2").read_bytes() == before
+
+
+def test_a_base_under_another_name(folder: Path) -> None:
+    content = make_chain()
+    ok("commit", "-b", "./mid.qcow2", "top.qcow2")
+    assert shown("mid.qcow2") == content

@@ -93,3 +93,9 @@ def test_help() -> None:
     assert "  size=<size> " in ok("create", "-f", "raw", "-o", "help")
     assert "  key-secret=<str> " in ok("create", "-f", "luks", "-o", "size=1M,help")
     assert same("create", "-f", "nonsense", "-o", "help") == ""
+
+
+def test_an_unknown_format_below_is_refused_unseen(folder: Path) -> None:
+    assert "foo" in failure("create", "-f", "qcow2", "-u", "-b", "missing", "-F", "foo", "a.qcow2", "1M")
+    assert qemu_img("create", "-f", "qcow2", "-u", "-b", "missing", "-F", "foo", "b.qcow2", "1M").status == 1
+    assert not list(folder.iterdir())

@@ -82,3 +82,36 @@ def test_holes_in_the_file_of_an_image(folder: Path, cluster: str, punched: int)
             linux.fallocate(file.fileno(), linux.FALLOC_FL_PUNCH_HOLE | linux.FALLOC_FL_KEEP_SIZE, at, cluster_bytes)
     for output in ("--output=human", "--output=json"):
         same("map", output, "a.qcow2")
+
+
+@pytest.mark.parametrize("output", ["--output=human", "--output=json"])
+@pytest.mark.parametrize(
+    "options", ["cluster_size=64k", "extended_l2=on", "data_file=d.raw", "data_file=d.raw,extended_l2=on"]
+)
+def test_what_reads_as_zeroes_and_has_a_place(folder: Path, options: str, output: str) -> None:
+    """Clusters that became zero keep theirs, subclusters without content have that of their cluster."""
+    made = qemu_img("create", "-q", "-f", "qcow2", "-o", options, "a.qcow2", "4M")
+    assert made.status == 0, made
+    qemu_io("a.qcow2", "write -P 1 0 1M", "write -z 0 64k", "write -z 128k 256k", "write -z 3M 128k")
+    if "data_file" not in options:  # what a file says of clusters written in part depends on the file system
+        qemu_io("a.qcow2", "write -P 1 2052k 4k", "write -z 2064k 8k", "discard 512k 64k")
+    made = qemu_img(
+        "create", "-q", "-f", "qcow2", "-o", "extended_l2=on", "-b", "a.qcow2", "-F", "qcow2", "b.qcow2", "5M"
+    )
+    assert made.status == 0, made
+    qemu_io("b.qcow2", "write -P 2 132k 4k", "write -z 2056k 4k", "write -P 2 4100k 4k")
+    told = same("map", output, "a.qcow2")
+    assert output == "--output=human" or '"zero": true, "data": false, "offset": ' in told
+    same("map", output, "b.qcow2")
+
+
+@pytest.mark.parametrize("first", ["plain", "extended"])
+def test_compare_looks_at_places(folder: Path, first: str) -> None:
+    """A strict comparison tells clusters of zeroes with a place from others, as it does in qemu-img."""
+    for name, options in (("plain", "cluster_size=64k"), ("extended", "extended_l2=on")):
+        made = qemu_img("create", "-q", "-f", "qcow2", "-o", options, f"{name}.qcow2", "1M")
+        assert made.status == 0, made
+    qemu_io("plain.qcow2", "write -z 0 64k")
+    qemu_io("extended.qcow2", "write -P 1 0 64k", "write -z 0 64k")
+    for second in ("plain", "extended"):
+        same("compare", "-s", f"{first}.qcow2", f"{second}.qcow2")

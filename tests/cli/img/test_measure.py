@@ -34,3 +34,7 @@ def test_luks(folder: Path) -> None:
     """A format whose images are larger than the disk."""
     key = ("--object", "secret,id=s,data=abc")
     same("measure", *key, "-O", "luks", "-o", "key-secret=s,iter-time=10", "--size", "1M")
+
+
+def test_a_size_among_the_options_counts_less(folder: Path) -> None:
+    same("measure", "-O", "qcow2", "-o", "size=2G", "--size", "1G")

@@ -77,3 +77,15 @@ def test_export_that_is_served_meanwhile(disk: Path, tmp_path: Path) -> None:
         closed = img("resize", "-f", "raw", peer.uri(), "+2M")
     assert "the server does not offer RESIZE" in closed.err
     assert (closed.status, disk.stat().st_size) == (1, 12 * MIB)
+
+
+def test_a_difference_behind_two_dashes(folder: Path) -> None:
+    """As qemu-img's manual writes it."""
+    for image in ("ours.raw", "theirs.raw"):
+        (folder / image).write_bytes(bytes(2 << 20))
+    words = ("resize", "-f", "raw", "--shrink")
+    ours, theirs = img(*words, "ours.raw", "--", "-1M"), qemu_img(*words, "theirs.raw", "--", "-1M")
+    assert ours == theirs
+    assert ok("resize", "-f", "raw", "--shrink", "--", "ours.raw", "-512k") == "Image resized.\n"
+    assert (folder / "ours.raw").stat().st_size == 512 << 10
+    assert (folder / "theirs.raw").stat().st_size == 1 << 20

@@ -9,7 +9,7 @@ import pytest
 
 from pynbd.cli.img.info import snapshot_lines
 from tests.cli.img.chains import make_chain, qemu, qemu_io, shown
-from tests.cli.img.side_by_side import ok, same
+from tests.cli.img.side_by_side import failure, ok, qemu_img, same
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,9 @@ def test_qcow2(folder: Path) -> None:
     same("info", "--output=json", "top.qcow2")
     ok("snapshot", "-a", "first", "top.qcow2")
     assert shown("top.qcow2") == content
-    ok("snapshot", "-d", "2", "top.qcow2")
+    assert "'2'" in failure("snapshot", "-d", "2", "top.qcow2")  # that is an id
+    assert qemu_img("snapshot", "-d", "2", "top.qcow2").status == 1
+    ok("snapshot", "-d", "second", "top.qcow2")
     assert "second" not in same("snapshot", "-l", "top.qcow2")
     same("snapshot", "-d", "missing", "top.qcow2")
     same("snapshot", "-a", "missing", "top.qcow2")
