@@ -145,12 +145,13 @@ class Amendable(Protocol):
 
     AmendOptions: ClassVar[type[msgspec.Struct]]
 
-    async def amend(self, changes: Mapping[str, Any], progress: Progress = no_progress) -> None:
+    async def amend(self, changes: Mapping[str, Any], progress: Progress = no_progress, *, force: bool = False) -> None:
         """Change some options; what is not named stays.
 
         Args:
             changes: by name, as in `AmendOptions`; values as they were written (`opt.convert` types them).
             progress: told while it works.
+            force: do also what destroys data, where a driver refuses that otherwise.
 
         Raises:
             OptionError: an option is unknown, or can't be changed so. OSError: the image could not be rewritten.

@@ -229,13 +229,16 @@ class Luks:
 
     # --- changing slots -----------------------------------------------------------------------------------
 
-    async def amend(self, changes: LuksAmendOptions, objects: Objects, passphrase: bytes | None) -> None:
+    async def amend(
+        self, changes: LuksAmendOptions, objects: Objects, passphrase: bytes | None, *, force: bool = False
+    ) -> None:
         """Put a passphrase into a key slot, or erase slots.
 
         Args:
             changes: what to do.
             objects: has the secrets that the changes name.
             passphrase: one that opens the container now; None if nobody gave one.
+            force: erase also what alone opens the container, and fill a slot that is in use.
 
         Raises:
             OptionError: the changes contradict each other, or would leave nothing that opens the container.
@@ -245,35 +248,39 @@ class Luks:
         """
         async with self._changing:
             if changes.state == "active":
-                await self._activate(changes, objects, passphrase)
+                await self._activate(changes, objects, passphrase, force=force)
             else:
-                await self._erase(changes, objects)
+                await self._erase(changes, objects, force=force)
 
-    async def _activate(self, changes: LuksAmendOptions, objects: Objects, passphrase: bytes | None) -> None:
+    async def _activate(
+        self, changes: LuksAmendOptions, objects: Objects, passphrase: bytes | None, *, force: bool
+    ) -> None:
         if changes.new_secret is None:
             raise OptionError("new-secret: which passphrase is to open the key slot?")
         if changes.old_secret is not None:
             raise OptionError("old-secret: it says which key slots to erase, not which to fill")
         new = objects.find(changes.new_secret, Secret).passphrase()
-        number = self._slot_to_fill(changes.keyslot)
+        number = self._slot_to_fill(changes.keyslot, force=force)
         if passphrase is None:
             raise OptionError(f"{self._image}: to fill a key slot takes a passphrase that opens another (key-secret)")
         key = await self._master_key(passphrase)
         time_ms = changes.iter_time or DEFAULT_ITER_TIME_MS
         iterations, _ = await asyncio.to_thread(_iterations, self.header.hash_spec, self.header.key_bytes, time_ms)
+        if number in self.active_slots():
+            await self._erase_slots([number])
         await self._fill_slot(number, key, new, iterations)
 
-    def _slot_to_fill(self, wanted: int | None) -> int:
+    def _slot_to_fill(self, wanted: int | None, *, force: bool) -> int:
         free = [number for number in range(SLOTS) if number not in self.active_slots()]
         if wanted is None:
             if not free:
                 raise OptionError(f"{self._image}: all {SLOTS} key slots are in use; erase one first")
             return free[0]
-        if wanted not in free:
-            raise OptionError(f"keyslot: {wanted} is in use; erase it first")
+        if wanted not in free and not force:
+            raise OptionError(f"keyslot: {wanted} is in use; erase it first, or use force")
         return wanted
 
-    async def _erase(self, changes: LuksAmendOptions, objects: Objects) -> None:
+    async def _erase(self, changes: LuksAmendOptions, objects: Objects, *, force: bool) -> None:
         for name in ("new_secret", "iter_time"):
             if getattr(changes, name) is not None:
                 raise OptionError(f"{name.replace('_', '-')}: a key slot that is erased has none")
@@ -289,8 +296,9 @@ class Luks:
             if not chosen:
                 which = "any key slot" if changes.keyslot is None else f"key slot {changes.keyslot}"
                 raise OptionError(f"old-secret: it does not open {which}")
-        if set(chosen) == set(self.active_slots()):
-            raise OptionError(f"{self._image}: that would erase the last key slot, and with it all that the disk holds")
+        if set(chosen) == set(self.active_slots()) and not force:
+            what = "that would erase the last key slot, and with it all that the disk holds"
+            raise OptionError(f"{self._image}: {what}; nothing but force does that")
         await self._erase_slots(chosen)
 
     async def _fill_slot(self, number: int, key: bytes, passphrase: bytes, iterations: int) -> None:

@@ -201,13 +201,13 @@ class LuksFormat(Driver):
         assert self._luks is not None
         return ImageInfo(encrypted=True, specific=self._luks.describe())
 
-    async def amend(self, changes: Mapping[str, Any], progress: Progress = no_progress) -> None:
+    async def amend(self, changes: Mapping[str, Any], progress: Progress = no_progress, *, force: bool = False) -> None:
         """Fill or erase key slots; see `LuksAmendOptions`, and `Amendable`."""
         assert self._luks is not None
         wanted = opt.convert(changes, LuksAmendOptions, driver=self.name)
         if self.node.read_only:
             raise io_error(errno.EROFS, self.node.name, "change of key slots")
-        await self._luks.amend(wanted, self.node.objects, self._passphrase())
+        await self._luks.amend(wanted, self.node.objects, self._passphrase(), force=force)
         progress(1, 1)
 
     # --- new images ----------------------------------------------------------------------------------------

@@ -141,9 +141,9 @@ def touch_memory(size_bytes: int) -> None:
         size_bytes: how much; no more than half of what is available.
     """
     available_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with mmap.mmap(-1, max(min(size_bytes, available_bytes // 2), mmap.PAGESIZE)) as memory:
-        with contextlib.suppress(OSError):  # kernels before 5.14
-            memory.madvise(MADV_POPULATE_WRITE)
+    length = max(min(size_bytes, available_bytes // 2), mmap.PAGESIZE)
+    with mmap.mmap(-1, length) as memory, contextlib.suppress(OSError):  # kernels before 5.14
+        memory.madvise(MADV_POPULATE_WRITE)
 
 
 def _timed(command: Sequence[str], environment: Mapping[str, str]) -> tuple[float, float]:

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_cache(parser, "-t", "cache", "writeback", "the image")
     common.add_progress(parser)
     common.add_quiet(parser)
-    parser.add_argument("--force", action="store_true", help="allow what can't be undone: erasing the last key")
+    parser.add_argument("--force", action="store_true", help="erase the last key, or fill a key slot in use")
 
 
 async def run(arguments: argparse.Namespace) -> int:
@@ -58,25 +58,12 @@ async def run(arguments: argparse.Namespace) -> int:
     async with open_node(graph, tree, writing=True, cache=arguments.cache) as node:
         if not isinstance(node.driver, Amendable):
             raise OptionError(f"{filename}: format {node.driver.name!r} has no options that can be changed")
-        if arguments.force and "force" in _option_names(node.driver):
-            changes["force"] = "on"
         _keep_disk(node.driver, changes, filename)
         wanted = arguments.progress and not arguments.quiet
         with shown(1000, lambda: 1000 * done // total, wanted=wanted):
             async with drained(node):
-                await node.driver.amend(changes, progress)
+                await node.driver.amend(changes, progress, force=arguments.force)
     return 0
-
-
-def _option_names(driver: Driver) -> frozenset[str]:
-    import msgspec
-
-    options = getattr(driver, "AmendOptions", None)
-    return (
-        frozenset(field.encode_name for field in msgspec.structs.fields(options))
-        if options is not None
-        else frozenset()
-    )
 
 
 def _keep_disk(driver: Driver, changes: dict[str, Any], filename: str) -> None:

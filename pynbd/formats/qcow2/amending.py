@@ -53,7 +53,7 @@ class Qcow2AmendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     encrypt: EncryptAmendOptions | None = None
 
 
-async def amend(driver: "Qcow2", changes: Mapping[str, Any], progress: Progress) -> None:
+async def amend(driver: "Qcow2", changes: Mapping[str, Any], progress: Progress, *, force: bool) -> None:
     """Change some options; see `Amendable.amend`. The node is drained meanwhile."""
     wanted = opt.convert(changes, Qcow2AmendOptions, driver=driver.name)
     image, header = driver.image, driver.header
@@ -63,7 +63,7 @@ async def amend(driver: "Qcow2", changes: Mapping[str, Any], progress: Progress)
     if version > header.version:
         await _upgrade(driver)
     if wanted.encrypt is not None:
-        await _amend_keys(driver, wanted.encrypt)
+        await _amend_keys(driver, wanted.encrypt, force=force)
     if wanted.data_file is not None or wanted.data_file_raw is not None:
         await _change_data_file(driver, wanted)
     if wanted.lazy_refcounts is not None or (version < 3 and header.lazy_refcounts):
@@ -141,11 +141,11 @@ async def _change_data_file(driver: "Qcow2", wanted: Qcow2AmendOptions) -> None:
     await driver.image.write_header()
 
 
-async def _amend_keys(driver: "Qcow2", changes: EncryptAmendOptions) -> None:
+async def _amend_keys(driver: "Qcow2", changes: EncryptAmendOptions, *, force: bool) -> None:
     from pynbd.formats.qcow2.encryption import amend_keys
 
     assert driver.encryption is not None
-    await amend_keys(driver.encryption, changes, driver.options.encrypt, driver.node.objects)
+    await amend_keys(driver.encryption, changes, driver.options.encrypt, driver.node.objects, force=force)
 
 
 async def change_refcount_bits(driver: "Qcow2", bits: int, progress: Progress) -> None:

@@ -363,9 +363,9 @@ class Qcow2(ClusterReader):
         """Write another backing file's name into the image; see `Backed`."""
         await resizing.change_backing_file(self, filename, format)
 
-    async def amend(self, changes: Mapping[str, Any], progress: Progress = no_progress) -> None:
+    async def amend(self, changes: Mapping[str, Any], progress: Progress = no_progress, *, force: bool = False) -> None:
         """Change options of the image; see `Amendable`."""
-        await amending.amend(self, changes, progress)
+        await amending.amend(self, changes, progress, force=force)
 
     @classmethod
     async def create_image(

@@ -124,9 +124,9 @@ def passphrase_of(options: EncryptCreationOptions, objects: Objects) -> bytes:
 
 
 async def amend_keys(
-    encryption: Encryption, changes: EncryptAmendOptions, options: EncryptOptions, objects: Objects
+    encryption: Encryption, changes: EncryptAmendOptions, options: EncryptOptions, objects: Objects, *, force: bool
 ) -> None:
     """Fill or erase key slots; see `Luks.amend`."""
     assert encryption.luks is not None
     passphrase = objects.find(options.key_secret, Secret).passphrase() if options.key_secret is not None else None
-    await encryption.luks.amend(changes, objects, passphrase)
+    await encryption.luks.amend(changes, objects, passphrase, force=force)

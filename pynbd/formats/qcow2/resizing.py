@@ -63,8 +63,6 @@ async def _grow(driver: "Qcow2", size: int, preallocation: Preallocation) -> Non
     if entries * 8 > layout.MAX_L1_BYTES:
         most = layout.MAX_L1_BYTES // 8 * driver.map.reach
         raise OptionError(f"size: {size} bytes are too many for clusters of {image.cluster_size}: at most {most}")
-    if preallocation is not Preallocation.OFF and "backing" in driver.node.children:
-        raise unsupported(driver.node.name, "preallocation over a backing file")
     if header.data_file_raw and preallocation is Preallocation.OFF:
         preallocation = Preallocation.METADATA  # whoever writes to the data file alone is to be read here
     await grow_l1(image, entries)

@@ -36,6 +36,35 @@ def test_a_key_is_added(folder: Path) -> None:
     assert failure("amend", *old, "--image-opts", "-o", "nonsense=1", image)
 
 
+@pytest.mark.parametrize("slot", [0, None])
+def test_the_last_key_is_erased_by_force_alone(slot: int | None, folder: Path) -> None:
+    """As qemu-img does it; afterwards nothing opens the image."""
+    secrets = ("--object", "secret,id=s,data=abc", "--object", "secret,id=n,data=def")
+    which = "old-secret=s" if slot is None else f"keyslot={slot}"
+    image = "driver=luks,key-secret={},file.driver=file,file.filename=a.luks"
+    words = (*secrets, "--image-opts", "-o", f"state=inactive,{which}", image.format("s"))
+    for amend in (qemu_img, img):
+        Path("a.luks").unlink(missing_ok=True)
+        qemu("create", "-q", *secrets, "-f", "luks", "-o", "key-secret=s,iter-time=10", "a.luks", "64k")
+        assert amend("amend", *words).status == 1
+        assert qemu_img("compare", *secrets, "--image-opts", image.format("s"), image.format("s")).status == 0
+        assert amend("amend", "--force", *words).status == 0
+        assert qemu_img("compare", *secrets, "--image-opts", image.format("s"), image.format("s")).status > 1
+
+
+def test_a_key_slot_in_use_is_filled_by_force_alone(folder: Path) -> None:
+    secrets = ("--object", "secret,id=s,data=abc", "--object", "secret,id=n,data=def")
+    image = "driver=luks,key-secret={},file.driver=file,file.filename=a.luks"
+    words = (*secrets, "--image-opts", "-o", "state=active,keyslot=0,new-secret=n,iter-time=10", image.format("s"))
+    for amend in (qemu_img, img):
+        Path("a.luks").unlink(missing_ok=True)
+        qemu("create", "-q", *secrets, "-f", "luks", "-o", "key-secret=s,iter-time=10", "a.luks", "64k")
+        assert amend("amend", *words).status == 1
+        assert amend("amend", "--force", *words).status == 0
+        assert qemu_img("compare", *secrets, "--image-opts", image.format("n"), image.format("n")).status == 0
+        assert qemu_img("compare", *secrets, "--image-opts", image.format("s"), image.format("s")).status > 1
+
+
 def test_help() -> None:
     assert "  new-secret=<str> " in ok("amend", "-f", "luks", "-o", "help")
 

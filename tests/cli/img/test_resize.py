@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from tests.cli.img.chains import qemu, qemu_io
 from tests.cli.img.side_by_side import img, ok, qemu_img, same
 from tests.peers import pynbd_serve
 
@@ -89,3 +92,26 @@ def test_a_difference_behind_two_dashes(folder: Path) -> None:
     assert ok("resize", "-f", "raw", "--shrink", "--", "ours.raw", "-512k") == "Image resized.\n"
     assert (folder / "ours.raw").stat().st_size == 512 << 10
     assert (folder / "theirs.raw").stat().st_size == 1 << 20
+
+
+@pytest.mark.parametrize("backing", ["8M", "12300k", "30M"])
+@pytest.mark.parametrize("preallocation", ["metadata", "falloc", "full"])
+@pytest.mark.parametrize("extended_l2", ["off", "on"])
+def test_preallocation_over_a_backing_file(backing: str, preallocation: str, extended_l2: str, folder: Path) -> None:
+    """What was added reads as zeroes, whatever the backing file has there, and has its clusters."""
+    qemu("create", "-q", "-f", "qcow2", "below.qcow2", backing)
+    qemu_io("below.qcow2", f"write -q -P 5 0 {backing}")
+    options = f"extended_l2={extended_l2}"
+    qemu("create", "-q", "-f", "qcow2", "-o", options, "-b", "below.qcow2", "-F", "qcow2", "theirs.qcow2", "8200k")
+    qemu_io("theirs.qcow2", "write -q -P 7 8000k 64k")
+    shutil.copyfile("theirs.qcow2", "ours.qcow2")
+    words = ("resize", "-q", f"--preallocation={preallocation}")
+    assert qemu_img(*words, "theirs.qcow2", "20M").status == 0
+    ok(*words, "ours.qcow2", "20M")
+    assert qemu_img("check", "ours.qcow2").status == 0
+    assert qemu_img("compare", "theirs.qcow2", "ours.qcow2").status == 0
+    first = 8256 << 10
+    extents = json.loads(qemu_img("map", "--output=json", "ours.qcow2").out)
+    added = [extent for extent in extents if extent["start"] + extent["length"] > first]
+    assert all("offset" in extent and not extent["depth"] for extent in added), added
+    assert added[-1]["start"] + added[-1]["length"] == 20 * MIB
