@@ -95,7 +95,6 @@ def test_whose_turn_it_is() -> None:
     assert not waits.keeps_others_waiting
     waits.withdraw()
     assert not whole.line
-    assert not busy.keeps_others_waiting
     busy.requests = 0
     assert busy.has_room_for(0)
     assert waits.has_room_for(0)
@@ -114,6 +113,7 @@ def test_answers_that_are_dropped_are_not_outstanding() -> None:
             released.append(self)
 
     it, _, _ = outstanding()
+
     def finish(problem: OSError | None) -> bytes:
         pytest.fail("it was never sent")
 

@@ -10,7 +10,7 @@ from nbd_protocol.constants import Command, CommandFlag, ReplyMode
 from nbd_protocol.transmission import Request
 from pynbd.block.statistics import Operation
 from pynbd.server import payload as payload_module
-from pynbd.server.budget import OVERDRAFT_BYTES, RESERVE_BYTES, PayloadBudget
+from pynbd.server.budget import OVERDRAFT_BYTES, PayloadBudget
 from pynbd.server.buffers import BufferPool
 from pynbd.server.payload import PAYLOAD_STEP_BYTES, Payload
 from tests.server.clients import LIMIT_S, MODES, serving, the_connection, write
@@ -41,26 +41,18 @@ def test_memory_is_reserved_a_step_ahead_of_what_arrives() -> None:
 
 
 def test_a_payload_uses_what_it_has_before_it_waits() -> None:
-    """The pool has nothing left: there is the reserve of the connection, and no step fits into it."""
-    budget, woken = PayloadBudget(0), []
-    budget.account().charge(RESERVE_BYTES + OVERDRAFT_BYTES)
+    """Others take all the memory there is while it arrives."""
+    budget = PayloadBudget(4 * PAYLOAD_STEP_BYTES)
     account = budget.account()
-
-    def retry() -> None:
-        woken.append(1)
-
-    payload = Payload(Request(1, 0, 7, 0, 3 * PAYLOAD_STEP_BYTES), memoryview(b"the beginning"))
-    assert not payload.reserve(account, BufferPool(), retry)
-    assert payload.reserved == 0
-    assert payload.whole is None
-    assert list(budget.waiting) == [account]
-
-    has_one = budget.account()
-    payload.reserved = PAYLOAD_STEP_BYTES
-    assert payload.reserve(has_one, BufferPool(), retry)
-    payload.filled = PAYLOAD_STEP_BYTES
-    assert not payload.reserve(has_one, BufferPool(), retry)
-    assert woken == []
+    payload = Payload(Request(1, 0, 7, 0, 3 * PAYLOAD_STEP_BYTES), memoryview(b"x"))
+    assert payload.reserve(account, BufferPool(), lambda: None)
+    assert payload.reserved == 2 * PAYLOAD_STEP_BYTES
+    budget.account().charge(budget.pool + OVERDRAFT_BYTES)
+    for filled, goes_on in [(2 * PAYLOAD_STEP_BYTES - 1, True), (2 * PAYLOAD_STEP_BYTES, False)]:
+        payload.filled = filled
+        assert payload.reserve(account, BufferPool(), lambda: None) == goes_on
+        assert account.held == payload.reserved == 2 * PAYLOAD_STEP_BYTES
+        assert list(budget.waiting) == [account]
 
 
 @pytest.fixture
