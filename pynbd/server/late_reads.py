@@ -1,4 +1,4 @@
-"""`LateRead`: a long read whose bytes are fetched when it is their turn to be sent.
+"""`LateRead`: a long read whose bytes are fetched when it is their turn to be sent; `LateReads`: those of a connection.
 
 So they need no memory of their own: what one piece is copied into is sent at once, and used for the next one while the
 processor's cache has it still. Where they lie is asked for anew with each piece, since they may move meanwhile.
@@ -7,10 +7,12 @@ processor's cache has it still. Where they lie is asked for anew with each piece
 import os
 from collections.abc import Callable
 
+from nbd_protocol.constants import CommandFlag
 from nbd_protocol.transmission import Replies, Request
 from pynbd.block.backend import BlockBackend
 from pynbd.block.statistics import Operation
 from pynbd.server.budget import Account
+from pynbd.server.export import Export
 from pynbd.server.spans import Deferred, is_whole
 
 SHORTEST_BYTES = 32 << 10
@@ -93,3 +95,42 @@ class LateRead(Deferred):
 
     def release(self) -> None:
         self._account.give(self._request.length)
+
+
+class LateReads:
+    """The reads of one connection that are likely to be answered so.
+
+    Args:
+        export: what is read.
+        account: of the connection.
+        replies: the framing of its replies.
+        copied: called when all of a read is done with.
+        long_way: called instead, as `LateRead` says.
+    """
+
+    __slots__ = ("_account", "_copied", "_export", "_long_way", "_replies")
+
+    def __init__(
+        self,
+        export: Export,
+        account: Account,
+        replies: Replies,
+        copied: Callable[[], None],
+        long_way: Callable[[Request, int], None],
+    ) -> None:
+        self._export = export
+        self._account = account
+        self._replies = replies
+        self._copied = copied
+        self._long_way = long_way
+
+    def answer(self, request: Request) -> LateRead | None:
+        """The reply to a read that has its memory, if its bytes are in files, but may move in them; None if not."""
+        if not self._replies.can_send_holes or request.flags & CommandFlag.DF:
+            return None
+        export = self._export
+        located = export.backend.locate(request.offset, request.length)
+        # Of what never moves it is known by now that it is not in memory, or a hole.
+        if located is None or (located[2] == request.length and export.located_for_good()):
+            return None
+        return LateRead(request, export.backend, self._account, self._replies, self._copied, self._long_way)

@@ -1,12 +1,17 @@
 """`Payload`: what a large write brings, while it arrives."""
 
+from collections.abc import Callable
 from time import perf_counter_ns
 
 from nbd_protocol.transmission import Request
 from pynbd.block.backend import BlockBackend
+from pynbd.server.budget import Account
 from pynbd.server.buffers import BufferPool
 from pynbd.storage import linux
 from pynbd.storage.in_place import keeps_others_waiting
+
+PAYLOAD_STEP_BYTES = 1 << 20
+"""Memory for a payload is reserved in such steps, as the payload arrives."""
 
 WRITTEN_PART_BYTES = 128 << 10
 """Large payloads are written in parts of at least this length as they arrive, where nobody has to wait for it."""
@@ -28,12 +33,29 @@ class Payload:
         self.written = 0
         self.write_ns = 0
 
-    def make_room(self, buffers: BufferPool) -> None:
-        """Memory was reserved: get a buffer for all of it."""
-        self.whole = buffers.take(self.request.length)
-        buffer = self.whole[: self.request.length]
-        buffer[: self.filled] = self.buffer
-        self.buffer = buffer
+    def reserve(self, account: Account, buffers: BufferPool, retry: Callable[[], None]) -> bool:
+        """Reserve memory for what arrives next; the first of it brings a buffer for the whole payload.
+
+        Args:
+            account: where it is taken from.
+            buffers: where the buffer is taken from.
+            retry: called once when it is worth trying again, if there is not enough now.
+
+        Returns:
+            whether the payload may go on arriving, or is complete.
+        """
+        length = self.request.length
+        while self.reserved < length and self.reserved - self.filled < PAYLOAD_STEP_BYTES:
+            step = min(PAYLOAD_STEP_BYTES, length - self.reserved)
+            if not account.take(step, retry, begun=self.reserved > 0):
+                return self.reserved > self.filled
+            self.reserved += step
+            if self.whole is None:
+                self.whole = buffers.take(length)
+                buffer = self.whole[:length]
+                buffer[: self.filled] = self.buffer
+                self.buffer = buffer
+        return True
 
     def write_part(self, backend: BlockBackend) -> None:
         """Write what has arrived, if the driver can do so at once: the processor's cache has it still.

@@ -22,13 +22,14 @@ from pynbd.server import events
 from pynbd.server.access import AccessList
 from pynbd.server.budget import DEFAULT_POOL_BYTES, PayloadBudget
 from pynbd.server.client_log import ClientLog
-from pynbd.server.connection import Connection, Scratch
+from pynbd.server.connection import Connection
 from pynbd.server.events import about
 from pynbd.server.export import Export
 from pynbd.server.handshake import Negotiated, negotiate
 from pynbd.server.inline import InlineStarter
 from pynbd.server.limits import NO_LIMITS, ClientLimits, Clients, Presence
 from pynbd.server.offer import Offer
+from pynbd.server.scratch import Scratch
 from pynbd.server.tls_wire import TlsWire
 from pynbd.server.visitor import Refused, Visitor, visitor_at
 from pynbd.server.wire import PlainWire, tune

@@ -23,25 +23,27 @@ class SpanReads:
         replies: the framing of its replies.
         warn: logs what went wrong.
         request_failed: logs which request has failed, and why.
+        ended: called when the bytes of a read have left, with their number.
     """
 
     def __init__(
-        self, export: Export, replies: Replies, warn: Callable[[str], None], request_failed: Callable[[str], None]
+        self,
+        export: Export,
+        replies: Replies,
+        warn: Callable[[str], None],
+        request_failed: Callable[[str], None],
+        ended: Callable[[int], None],
     ) -> None:
         self.export = export
         self.backend = export.backend
         self._replies = replies
         self._warn = warn
         self._request_failed = request_failed
+        self._ended = ended
         self._file: SpanFile | None = None
 
-    def answer(self, request: Request, ended: Callable[[int], None]) -> list[Item] | None:
-        """The reply to a read, if its bytes never move and are in the page cache; None if not.
-
-        Args:
-            request: the read.
-            ended: called when the bytes have left, with their number.
-        """
+    def answer(self, request: Request) -> list[Item] | None:
+        """The reply to a read, if its bytes never move and are in the page cache; None if not."""
         offset, length = request.offset, request.length
         located = self.backend.locate(offset, length)
         if located is None or located[2] != length or not self.export.located_for_good():
@@ -64,7 +66,7 @@ class SpanReads:
         replies = self._replies
 
         def finish(problem: OSError | None) -> Buffer:
-            ended(length)
+            self._ended(length)
             if problem is not None:
                 self._request_failed(f"export {self.export.name!r}: {describe(request)}: {problem}")
                 return replies.error(request, errno_to_nbd(problem.errno), str(problem))

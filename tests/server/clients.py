@@ -23,6 +23,7 @@ from pynbd.block.graph import Graph
 from pynbd.block.node import Node
 from pynbd.block.permissions import Permission
 from pynbd.crypto.tls_socket import TlsSocket, receive, send_all
+from pynbd.server.connection import Connection
 from pynbd.server.export import Export
 from pynbd.server.server import NbdServer
 
@@ -386,3 +387,21 @@ def assert_nothing_left(server: NbdServer) -> None:
 
 
 PAYLOAD_LEN = int(CommandFlag.PAYLOAD_LEN)
+
+
+def the_connection(served: Served) -> Connection:
+    """The only one."""
+    (connection,) = served.server.connections
+    return connection
+
+
+async def send_together(client: Client, *requests: tuple[Any, ...]) -> list[int]:
+    """Several requests in one go, so that one receive finds them all."""
+    prepared = [client.prepared(*request) for request in requests]
+    await client.send_bytes(b"".join(b"".join(buffers) for _, buffers in prepared))
+    return [cookie for cookie, _ in prepared]
+
+
+def write(offset: int, payload: bytes) -> tuple[Any, ...]:
+    """A write for `send_together`."""
+    return (Command.WRITE, offset, 0, 0, payload)

@@ -3,9 +3,7 @@ test_life_of_a_request.py; here are the ways on which a connection could come to
 """
 
 import asyncio
-import errno
 import os
-import random
 import resource
 import socket
 from pathlib import Path
@@ -15,43 +13,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbd_protocol.constants import Command, CommandFlag, Errno, ReplyMode
-from pynbd.block.statistics import Operation
-from pynbd.server import connection as connection_module
-from pynbd.server import payload as payload_module
+from nbd_protocol.constants import Command, Errno, ReplyMode
+from pynbd.server import outstanding as outstanding_module
 from pynbd.server.budget import OVERDRAFT_BYTES, RESERVE_BYTES, PayloadBudget
-from pynbd.server.connection import Connection
 from tests.server.clients import (
     LIMIT_S,
     MODES,
-    PAYLOAD_LEN,
-    Client,
-    Served,
-    no_descriptors_left,
-    open_descriptors,
+    send_together,
     serving,
+    the_connection,
+    write,
 )
 from tests.server.held import HELD, held, pattern
 
 KIB, MIB = 1 << 10, 1 << 20
 
 MEMORY = {"driver": "memory", "size": 8 * MIB}
-
-
-def the_connection(served: Served) -> Connection:
-    (connection,) = served.server.connections
-    return connection
-
-
-async def send_together(client: Client, *requests: tuple[Any, ...]) -> list[int]:
-    """Several requests in one go, so that one receive finds them all."""
-    prepared = [client.prepared(*request) for request in requests]
-    await client.send_bytes(b"".join(b"".join(buffers) for _, buffers in prepared))
-    return [cookie for cookie, _ in prepared]
-
-
-def write(offset: int, payload: bytes) -> tuple[Any, ...]:
-    return (Command.WRITE, offset, 0, 0, payload)
 
 
 # --- going on -------------------------------------------------------------------------------------------------
@@ -78,7 +55,7 @@ async def test_a_payload_behind_more_answers_than_one_turn_has_room_for(mode: Re
 async def test_a_payload_behind_requests_that_wait(
     mode: ReplyMode, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection_module, "MAX_REQUESTS_IN_FLIGHT", 2)
+    monkeypatch.setattr(outstanding_module, "MAX_REQUESTS_IN_FLIGHT", 2)
     async with serving({"driver": HELD, "size": 8 * MIB}) as served:
         driver = held(served.node())
         client = await served.connect(mode=mode)
@@ -102,7 +79,7 @@ async def test_a_payload_behind_requests_that_wait(
 
 @pytest.mark.parametrize("mode", MODES)
 async def test_a_refused_payload_behind_requests_that_wait(mode: ReplyMode, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection_module, "MAX_REQUESTS_IN_FLIGHT", 1)
+    monkeypatch.setattr(outstanding_module, "MAX_REQUESTS_IN_FLIGHT", 1)
     async with serving({"driver": HELD}) as served:
         driver = held(served.node())
         client = await served.connect(mode=mode)
@@ -236,7 +213,7 @@ def option_reply(option: int, kind: int) -> bytes:
 
 @pytest.mark.parametrize("mode", MODES)
 async def test_disc_behind_requests_that_wait(mode: ReplyMode, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection_module, "MAX_REQUESTS_IN_FLIGHT", 1)
+    monkeypatch.setattr(outstanding_module, "MAX_REQUESTS_IN_FLIGHT", 1)
     async with serving({"driver": HELD}) as served:
         driver = held(served.node())
         client = await served.connect(mode=mode)
@@ -372,202 +349,3 @@ def test_law_of_memory_that_is_reserved_in_steps(data: st.DataObject) -> None:
     assert ended == len(payloads)
     assert budget.taken == 0
     assert not budget.waiting
-
-
-# --- payloads in parts ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def one_client(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when nobody else is there, which only the loop of a server knows."""
-    monkeypatch.setattr(payload_module, "keeps_others_waiting", lambda: False)
-
-
-@pytest.mark.usefixtures("one_client")
-@pytest.mark.parametrize("flags", [CommandFlag(0), CommandFlag.FUA])
-@pytest.mark.parametrize("mode", MODES)
-async def test_a_large_payload_is_written_as_it_arrives(mode: ReplyMode, flags: CommandFlag) -> None:
-    offset, payload = 5 * KIB, random.Random(3).randbytes(3 * MIB + 512)
-    async with serving({"driver": HELD, "size": 8 * MIB}) as served:
-        driver = held(served.node())
-        driver.writes_now = True
-        client = await served.connect(mode=mode)
-        for _ in range(2):
-            driver.calls.clear()
-            cookie = await client.send(Command.WRITE, offset, payload=payload, flags=flags)
-            assert not (await client.reply(cookie)).error
-            parts = [call for call in driver.calls if call[0] == "write_now"]
-            assert len(parts) > 1
-            assert [start for _, start, _ in parts[1:]] == [start + length for _, start, length in parts[:-1]]
-            assert all(start % 4096 == 0 for _, start, _ in parts[1:]), "parts end where pages do"
-            assert b"".join(driver.written[start] for _, start, _ in parts) == payload
-            assert [call[0] for call in driver.calls if call not in parts] == (["flush"] if flags else [])
-        statistics = the_connection(served).backend.statistics
-        assert statistics.operations[Operation.WRITE] == 2
-        assert statistics.bytes[Operation.WRITE] == 2 * len(payload)
-        assert not served.server.budget.taken
-
-
-@pytest.mark.usefixtures("one_client")
-async def test_a_payload_whose_parts_can_not_be_written_any_more_is_written_whole() -> None:
-    payload = random.Random(5).randbytes(3 * MIB)
-    async with serving({"driver": HELD, "size": 8 * MIB}) as served:
-        driver = held(served.node())
-        driver.writes_now = True
-
-        client = await served.connect()
-        sent = b"".join(client.prepared(*write(0, payload))[1])
-        await client.send_bytes(sent[:MIB])
-        async with asyncio.timeout(LIMIT_S):
-            while not driver.calls:
-                await asyncio.sleep(0)
-        driver.writes_now = False
-        await client.send_bytes(sent[MIB:])
-        await driver.until(1)
-        assert [(call[0], call[1]) for call in driver.calls][-1] == ("write", 0)
-        driver.release()
-        async with asyncio.timeout(LIMIT_S):
-            while driver.written.get(0) != payload:
-                await asyncio.sleep(0)
-
-
-@pytest.mark.usefixtures("one_client")
-async def test_a_payload_that_breaks_off_gives_its_memory_back() -> None:
-    async with serving({"driver": HELD, "size": 8 * MIB}) as served:
-        driver = held(served.node())
-        driver.writes_now = True
-        client = await served.connect()
-        _, buffers = client.prepared(*write(0, bytes(2 * MIB)))
-        await client.send_bytes(b"".join(buffers)[:MIB])
-        client.sock.shutdown(socket.SHUT_WR)
-        assert not await client.at_end()
-        assert sum(length for _, _, length in driver.calls) <= MIB
-        async with asyncio.timeout(LIMIT_S):
-            while served.server.connections:
-                await asyncio.sleep(0)
-        assert not served.server.budget.taken
-
-
-@pytest.mark.parametrize("mode", MODES)
-async def test_short_and_long_reads_of_one_batch(mode: ReplyMode) -> None:
-    """The data of long ones are moved to an aligned address, and what would lie between is left out."""
-    content = random.Random(9).randbytes(8 * MIB)
-    source = random.Random(str(mode))
-    async with serving(MEMORY) as served:
-        client = await served.connect(mode=mode)
-        await client.write(0, content)
-        for _ in range(30):
-            lengths = [source.choice([1, 100, 4096, 32 * KIB, 40_000, 64 * KIB]) for _ in range(source.randint(1, 12))]
-            asked = [(source.randrange(8 * MIB - length), length) for length in lengths]
-            cookies = await send_together(client, *((Command.READ, offset, length) for offset, length in asked))
-            for cookie, (offset, length) in zip(cookies, asked, strict=True):
-                assert (await client.reply(cookie)).data == content[offset : offset + length]
-
-
-# --- sendfile -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", MODES)
-async def test_large_reads_without_a_descriptor_left(mode: ReplyMode, tmp_path: Path) -> None:
-    path = tmp_path / "disk"
-    data = random.Random(8).randbytes(4 * MIB)
-    path.write_bytes(data)
-    async with serving({"driver": "file", "filename": str(path)}) as served:
-        client = await served.connect(mode=mode)
-        with no_descriptors_left():
-            assert await client.read(0, 4 * MIB) == data
-        assert await client.read(MIB, MIB) == data[MIB : 2 * MIB]
-
-
-async def test_many_large_reads_take_one_descriptor(tmp_path: Path) -> None:
-    path = tmp_path / "disk"
-    path.write_bytes(b"x" * 4 * MIB)
-    async with serving({"driver": "file", "filename": str(path)}) as served:
-        client = await served.connect(receive_bytes=1)
-        await client.read(0, 4 * MIB)
-        before = open_descriptors()
-        cookies = [await client.send(Command.READ, 0, 2 * MIB) for _ in range(100)]
-        async with asyncio.timeout(LIMIT_S):
-            while the_connection(served).in_flight < 20:
-                await asyncio.sleep(0)
-        assert open_descriptors() <= before + 1
-        for cookie in cookies:
-            assert (await client.reply(cookie)).data == b"x" * 2 * MIB
-        assert open_descriptors() == before
-
-
-@pytest.mark.parametrize("mode", MODES)
-async def test_fua_and_other_flags_reach_the_backend(mode: ReplyMode) -> None:
-    async with serving({"driver": HELD}) as served:
-        driver = held(served.node())
-        driver.release()
-        client = await served.connect(mode=mode)
-        flags = CommandFlag.FUA | (PAYLOAD_LEN if mode is ReplyMode.EXTENDED else 0)
-        assert not (await client.ask_raw(Command.WRITE, 0, 4, flags, b"abcd")).error
-        assert [call[0] for call in driver.calls] == ["write", "flush"]
-        driver.calls.clear()
-        await client.write(0, b"efgh")
-        assert [call[0] for call in driver.calls] == ["write"]
-
-
-def durable(offset: int) -> tuple[Any, ...]:
-    return (Command.WRITE, offset, 0, CommandFlag.FUA, b"durable!")
-
-
-@pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("mode", MODES)
-async def test_durable_writes_of_a_batch_share_a_flush(mode: ReplyMode, fails: bool) -> None:
-    """It begins when all of them are made, and answers them all; who wants no durability does not wait for it."""
-    async with serving({"driver": HELD}) as served:
-        driver = held(served.node())
-        driver.writes_now, driver.hold = True, frozenset({"flush"})
-        client = await served.connect(mode=mode)
-        *waiting, plain = await send_together(
-            client, durable(0), (Command.FLUSH,), durable(8), (Command.FLUSH,), write(16, b"plain")
-        )
-        assert not (await client.reply(plain)).error
-        assert [call[0] for call in driver.calls] == ["write_now", "write_now", "write_now", "flush"]
-        [flush] = driver.waiting
-        driver.hold = frozenset()
-        if fails:
-            flush.go.set_exception(OSError(errno.ENOSPC, "no room"))
-        else:
-            flush.go.set_result(None)
-        expected = Errno.ENOSPC if fails else 0
-        assert [(await client.reply(cookie)).error for cookie in waiting] == [expected] * 4
-        statistics = the_connection(served).backend.statistics
-        assert statistics.operations[Operation.WRITE] == 3
-        assert statistics.operations[Operation.FLUSH] == (0 if fails else 2)
-        assert statistics.failed[Operation.FLUSH] == fails
-
-
-async def test_without_a_write_cache_every_write_is_flushed() -> None:
-    async with serving({"driver": HELD}) as served:
-        driver = held(served.node())
-        driver.writes_now, driver.hold = True, frozenset({"flush"})
-        client = await served.connect()
-        the_connection(served).backend.write_cache = False
-        cookie = await client.send(Command.WRITE, 0, payload=b"through", flags=CommandFlag(0))
-        await driver.until(1)
-        assert driver.written == {0: b"through"}
-        driver.release()
-        assert not (await client.reply(cookie)).error
-
-
-async def test_durable_writes_are_among_the_requests_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection_module, "MAX_REQUESTS_IN_FLIGHT", 1 + connection_module.MAX_BATCH_REQUESTS)
-    async with serving({"driver": HELD}) as served:
-        driver = held(served.node())
-        driver.writes_now, driver.hold = True, frozenset({"flush"})
-        client = await served.connect()
-        first = await client.send(Command.WRITE, 0, payload=b"1", flags=CommandFlag.FUA)
-        await driver.until(1)
-        assert the_connection(served).in_flight == 1
-        # There may be no room for all of another batch: its writes take the way that counts them one by one.
-        second = await client.send(Command.WRITE, 1, payload=b"2", flags=CommandFlag.FUA)
-        async with asyncio.timeout(LIMIT_S):
-            while ("write", 1, 1) not in driver.calls:
-                await asyncio.sleep(0)
-        driver.release()
-        assert not (await client.reply(first)).error
-        assert not (await client.reply(second)).error

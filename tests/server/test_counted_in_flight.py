@@ -470,7 +470,7 @@ async def test_parts_and_spans_share_what_their_client_may_have(limits: ClientLi
 
         await writer.send_bytes(second)
         assert not (await writer.reply(cookie)).error
-        await until(lambda: case.connection._span_bytes)
+        await until(lambda: case.connection._outstanding.span_bytes)
         assert case.counts(1, 16 * MIB)
 
         # It is the reader now who has in flight what there may be: nothing of this payload is written.
@@ -519,7 +519,7 @@ async def test_law_of_the_limits(seed: int, tmp_path: Path, monkeypatch: pytest.
                 payload = connection._payload
                 begun = payload is not None and payload.reserved > 0
                 requests += connection.in_flight + begun
-                total += connection.account.held + connection._span_bytes
+                total += connection.account.held + connection._outstanding.span_bytes
                 if payload is not None and begun:
                     total += payload.request.length - payload.reserved
             if has and requests:

@@ -8,7 +8,7 @@ import pytest
 
 from nbd_protocol.constants import Command, CommandFlag, Errno, ReplyMode
 from pynbd.block.statistics import Operation
-from pynbd.server.connection import INLINE_READ_BYTES
+from pynbd.server.scratch import INLINE_READ_BYTES
 from pynbd.server.wire import PIECE_BYTES
 from tests.crypto.tls_ends import credentials
 from tests.server.clients import LIMIT_S, Client, Served, serving

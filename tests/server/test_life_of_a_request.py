@@ -20,9 +20,13 @@ from hypothesis import strategies as st
 from nbd_protocol.constants import Command, Errno, ReplyMode
 from pynbd.block.backend import ErrorPolicy
 from pynbd.block.drain import drained
+from pynbd.server import batches as batches_module
 from pynbd.server import connection as connection_module
+from pynbd.server import outstanding as outstanding_module
+from pynbd.server import payload as payload_module
 from pynbd.server import wire as wire_module
 from pynbd.server.limits import ClientLimits
+from pynbd.server.scratch import INLINE_READ_BYTES, MAX_BATCH_BYTES, MAX_BATCH_REQUESTS
 from tests.restless import RESTLESS, restless
 from tests.server.clients import CHUNKED, LIMIT_S, MODES, Client, Served, Tree, serving
 from tests.server.held import HELD, held, pattern
@@ -31,20 +35,20 @@ from tests.server.workload import Workload
 KIB, MIB = 1 << 10, 1 << 20
 
 SMALL_LIMITS = {
-    "MAX_REQUESTS_IN_FLIGHT": 4,
-    "MAX_BYTES_IN_FLIGHT": 600 * KIB,
-    "MAX_UNSENT_BYTES": 20 * KIB,
-    "RESERVE_BYTES": 10 * KIB,
-    "MAX_BATCH_REQUESTS": 5,
-    "MAX_BATCH_BYTES": 100 * KIB,
-    "PAYLOAD_STEP_BYTES": 64 * KIB,
+    "MAX_REQUESTS_IN_FLIGHT": (outstanding_module, 4),
+    "MAX_BYTES_IN_FLIGHT": (outstanding_module, 600 * KIB),
+    "MAX_UNSENT_BYTES": (outstanding_module, 20 * KIB),
+    "RESERVE_BYTES": (outstanding_module, 10 * KIB),
+    "MAX_BATCH_REQUESTS": (connection_module, 5),
+    "MAX_BATCH_BYTES": (batches_module, 100 * KIB),
+    "PAYLOAD_STEP_BYTES": (payload_module, 64 * KIB),
+    "MAX_BYTES_A_TURN": (wire_module, 50 * KIB),
 }
 
 
 def make_limits_small(monkeypatch: pytest.MonkeyPatch, **others: int) -> None:
-    for name, value in {**SMALL_LIMITS, **others}.items():
-        monkeypatch.setattr(connection_module, name, value)
-    monkeypatch.setattr(wire_module, "MAX_BYTES_A_TURN", 50 * KIB)
+    for name, (module, value) in SMALL_LIMITS.items():
+        monkeypatch.setattr(module, name, others.get(name, value))
 
 
 def disk(kind: str, folder: Path, size: int, **options: Any) -> Tree:
@@ -292,7 +296,7 @@ async def test_a_file_that_fails_midway_ends_in_an_error_and_the_stream_goes_on(
 
 @pytest.mark.parametrize("mode", MODES)
 async def test_requests_in_flight_have_a_cap(mode: ReplyMode, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection_module, "MAX_REQUESTS_IN_FLIGHT", 10)
+    monkeypatch.setattr(outstanding_module, "MAX_REQUESTS_IN_FLIGHT", 10)
     async with serving({"driver": HELD}) as served:
         driver = held(served.node())
         client = await served.connect(mode=mode)
@@ -312,7 +316,7 @@ async def test_requests_in_flight_have_a_cap(mode: ReplyMode, monkeypatch: pytes
 
 @pytest.mark.parametrize("command", [Command.READ, Command.WRITE])
 async def test_bytes_in_flight_have_a_cap(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection_module, "MAX_BYTES_IN_FLIGHT", MIB)
+    monkeypatch.setattr(outstanding_module, "MAX_BYTES_IN_FLIGHT", MIB)
     async with serving({"driver": HELD, "size": 8 * MIB}) as served:
         driver = held(served.node())
         client = await served.connect(mode=ReplyMode.SIMPLE)
@@ -345,8 +349,8 @@ async def test_a_client_that_takes_no_answers_is_not_listened_to(
     async with serving(
         {"driver": "memory", "size": 8 * MIB}, {"driver": RESTLESS, "size": 8 * MIB, "suspends": 1.0}
     ) as served:
-        monkeypatch.setattr(connection_module, "MAX_UNSENT_BYTES", 256 * KIB)
-        monkeypatch.setattr(connection_module, "MAX_BYTES_IN_FLIGHT", 2 * MIB)
+        monkeypatch.setattr(outstanding_module, "MAX_UNSENT_BYTES", 256 * KIB)
+        monkeypatch.setattr(outstanding_module, "MAX_BYTES_IN_FLIGHT", 2 * MIB)
         client = await served.connect("disk1" if what == "waiting reads" else "", mode, receive_bytes=1)
         if what in ("inline reads", "large reads"):
             await client.write(0, os.urandom(8 * MIB))
@@ -388,7 +392,7 @@ async def test_where_memory_runs_short_less_is_kept_for_each() -> None:
                 with contextlib.suppress(BlockingIOError):
                     client.sock.send(flood)
                 await asyncio.sleep(0)
-        largest_batch = connection_module.MAX_BATCH_BYTES + 2 * connection_module.INLINE_READ_BYTES
+        largest_batch = MAX_BATCH_BYTES + 2 * INLINE_READ_BYTES
         assert served.server.budget.taken > 8 * MIB
         assert sum(connection.wire.unsent for connection in served.server.connections) < 8 * MIB + 20 * largest_batch
         assert await (await served.connect()).read(0, 4 * KIB)
@@ -412,10 +416,10 @@ async def test_a_flood_does_not_starve_others() -> None:
             while not is_readable(other.sock):
                 before = statistics.operations[0]
                 await asyncio.sleep(0)
-                assert statistics.operations[0] - before <= 2 * connection_module.MAX_BATCH_REQUESTS + 1
+                assert statistics.operations[0] - before <= 2 * MAX_BATCH_REQUESTS + 1
                 turns += 1
                 assert turns <= 4
-            assert statistics.operations[0] - asked < 6 * connection_module.MAX_BATCH_REQUESTS
+            assert statistics.operations[0] - asked < 6 * MAX_BATCH_REQUESTS
             await other.reply(cookie)
             with contextlib.suppress(BlockingIOError):
                 flooder.sock.recv(MIB)

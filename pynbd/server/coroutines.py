@@ -1,0 +1,125 @@
+"""`Coroutines`: the requests of a connection that are carried out as coroutines, because they may have to wait.
+
+Each is started in place, and becomes a task only if it does wait (`inline.py`). None is ever cancelled, and none
+raises: whatever happens, there is a reply, and what was reserved for the request is given back.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+
+from nbd_protocol.constants import Command, CommandFlag, Errno
+from nbd_protocol.transmission import Replies, Request
+from pynbd.block.requests import RequestFlag
+from pynbd.server import events
+from pynbd.server.budget import Account
+from pynbd.server.buffers import BufferPool
+from pynbd.server.events import about
+from pynbd.server.execution import Execution, describe
+from pynbd.server.inline import InlineStarter
+from pynbd.server.wire import Item
+
+log = logging.getLogger(__name__)
+
+# Plain integers: what an IntFlag costs in an expression is more than the rest of a small request.
+READ = int(Command.READ)
+WRITE = int(Command.WRITE)
+FLUSH = int(Command.FLUSH)
+COMMAND_FUA = int(CommandFlag.FUA)
+FUA = int(RequestFlag.FUA)
+
+
+class Coroutines:
+    """Those of one connection.
+
+    Args:
+        execution: does what requests ask for.
+        replies: the framing of their replies.
+        starter: starts coroutines in place.
+        account: what was reserved for a request is given back there.
+        buffers: where borrowed buffers go back to.
+        peer: the client's name for the log.
+        ended: called with a reply, and how many requests have ended with it; also from within a call that starts one.
+    """
+
+    __slots__ = ("_account", "_backend", "_buffers", "_ended", "_execution", "_peer", "_replies", "_starter")
+
+    def __init__(
+        self,
+        execution: Execution,
+        replies: Replies,
+        starter: InlineStarter,
+        account: Account,
+        buffers: BufferPool,
+        peer: str,
+        ended: Callable[[Sequence[Item], int], None],
+    ) -> None:
+        self._execution = execution
+        self._backend = execution.backend
+        self._replies = replies
+        self._starter = starter
+        self._account = account
+        self._buffers = buffers
+        self._peer = peer
+        self._ended = ended
+
+    def start(
+        self,
+        request: Request,
+        payload: memoryview | None,
+        reserved: int,
+        borrowed: memoryview | None = None,
+        sent: int = 0,
+    ) -> None:
+        """Carry out a request.
+
+        Args:
+            request: what is asked for.
+            payload: of a write; it stays as it is until the request has ended.
+            reserved: bytes that are given back to the account then.
+            borrowed: a buffer that goes back to the pool then.
+            sent: bytes of a read that were sent already.
+        """
+        self._starter.start(self._carry_out(request, payload, reserved, borrowed, sent))
+
+    def start_flush(self, requests: Sequence[Request]) -> None:
+        """Make one flush for writes that have been made, and for those who asked for a flush."""
+        self._starter.start(self._make_durable(requests))
+
+    async def _carry_out(
+        self, request: Request, payload: memoryview | None, reserved: int, borrowed: memoryview | None, sent: int
+    ) -> None:
+        execution = self._execution
+        try:
+            if request.type == WRITE and payload is not None:
+                await self._backend.write(request.offset, payload, FUA if request.flags & COMMAND_FUA else 0)
+                answer: list[Item] = [self._replies.done(request)]
+            elif request.type == READ:
+                answer = await (execution.read_in_chunks(request, sent) if sent else execution.read(request))
+            else:
+                answer = await execution.execute(request)
+        except OSError as problem:
+            answer = [execution.error(request, problem)]
+        except Exception as problem:
+            log.exception("%s: %s failed", self._peer, describe(request), extra=self._about_failure(problem))
+            answer = [self._replies.error(request, Errno.EIO, f"internal error: {problem!r}")]
+        if borrowed is not None:
+            self._buffers.give(borrowed)
+        if reserved:
+            self._account.give(reserved)
+        self._ended(answer, 1)
+
+    async def _make_durable(self, requests: Sequence[Request]) -> None:
+        execution = self._execution
+        try:
+            await self._backend.flush(sum(request.type == FLUSH for request in requests))
+            answers: list[Item] = [self._replies.done(request) for request in requests]
+        except OSError as problem:
+            answers = [execution.error(request, problem) for request in requests]
+        except Exception as problem:
+            log.exception("%s: flush failed", self._peer, extra=self._about_failure(problem))
+            answers = [self._replies.error(request, Errno.EIO, f"internal error: {problem!r}") for request in requests]
+        self._ended(answers, len(requests))
+
+    def _about_failure(self, problem: Exception) -> dict[str, object]:
+        export = self._execution.export
+        return about(events.REQUEST_FAILED, client=self._peer, export=export.name, error=repr(problem))
