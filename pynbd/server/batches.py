@@ -116,11 +116,7 @@ class Batches:
                 if length >= ALIGNED_READ_BYTES and data & (ALIGNMENT - 1):
                     data += -data & (ALIGNMENT - 1)
                 end = data + length
-                if (
-                    located is not None
-                    and located[2] == length
-                    and (length < asks_from or is_whole(located[0], located[1], length))
-                ):
+                if located is not None and located[2] == length and (length < asks_from or is_whole(*located)):
                     if end > ANSWERS_BYTES:
                         served = index
                         break

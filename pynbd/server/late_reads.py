@@ -82,7 +82,7 @@ class LateRead(Deferred):
             if located is None:
                 break
             fd, position, found, flags = located
-            if not is_whole(fd, position, found):
+            if not is_whole(fd, position, found, flags):
                 break
             try:
                 got = os.preadv(fd, [into[done : done + found]], position, flags)

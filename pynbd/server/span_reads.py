@@ -56,7 +56,7 @@ class SpanReads:
             if located[3] and not linux.readable_at_once(located[0], located[1], length):
                 return None
             status = os.fstat(located[0])
-            if has_hole(located[0], located[1], length, status):
+            if has_hole(located[0], located[1], length, status, in_memory=not located[3]):
                 return None
             if file is None or not file.serves(status):
                 file = self._file = SpanFile(located[0], status)

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 
 from pynbd.server.buffers import Buffer
+from pynbd.storage import linux
 
 
 class SpanFile:
@@ -39,21 +40,32 @@ class SpanFile:
             os.close(self.fd)
 
 
-def has_hole(fd: int, offset: int, length: int, status: os.stat_result) -> bool:
+def has_hole(fd: int, offset: int, length: int, status: os.stat_result, *, in_memory: bool) -> bool:
     """Whether part of a range was never written, or was given back: clients are told, and not sent zeroes.
 
-    A file that has all its blocks is not asked: the answer would take the longer, the larger the file is.
+    A file that has all its blocks is not asked: the answer would take the longer, the larger the file is. Those in
+    memory look at every page up to the next hole, wherever that is, so they are asked first for the pages in the range.
+
+    Args:
+        fd: the file.
+        offset, length: the range, in bytes.
+        status: of the file.
+        in_memory: whether it is one of those whose pages are the file.
 
     Raises:
         OSError: the file is shorter than that.
     """
-    return status.st_blocks * 512 < status.st_size and os.lseek(fd, offset, os.SEEK_HOLE) < offset + length
+    if status.st_blocks * 512 >= status.st_size:
+        return False
+    if in_memory and linux.resident_bytes(fd, offset, length) == length:
+        return False
+    return os.lseek(fd, offset, os.SEEK_HOLE) < offset + length
 
 
-def is_whole(fd: int, offset: int, length: int) -> bool:
-    """Whether a range of a file has no hole, and the file is as long as that."""
+def is_whole(fd: int, offset: int, length: int, flags: int) -> bool:
+    """Whether a range of a file has no hole, and the file is as long as that; arguments as in `Location`."""
     try:
-        return not has_hole(fd, offset, length, os.fstat(fd))
+        return not has_hole(fd, offset, length, os.fstat(fd), in_memory=not flags)
     except OSError:
         return False
 
