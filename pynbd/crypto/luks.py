@@ -244,7 +244,7 @@ class Luks:
             OptionError: the changes contradict each other, or would leave nothing that opens the container.
             BlockError: a passphrase opens no slot.
             OSError: it could not be written; a slot that was to be filled is not active, one that was to be erased may
-                still be.
+                still be. Where one in use was to be filled, another one may be active that the new passphrase opens.
         """
         async with self._changing:
             if changes.state == "active":
@@ -267,8 +267,9 @@ class Luks:
         time_ms = changes.iter_time or DEFAULT_ITER_TIME_MS
         iterations, _ = await asyncio.to_thread(_iterations, self.header.hash_spec, self.header.key_bytes, time_ms)
         if number in self.active_slots():
-            await self._erase_slots([number])
-        await self._fill_slot(number, key, new, iterations)
+            await self._replace_slot(number, key, new, iterations)
+        else:
+            await self._fill_slot(number, key, new, iterations)
 
     def _slot_to_fill(self, wanted: int | None, *, force: bool) -> int:
         free = [number for number in range(SLOTS) if number not in self.active_slots()]
@@ -316,6 +317,16 @@ class Luks:
         await self._store.write(_entry_offset(number), layout.build_slot(slot))
         await self._store.flush()
         await self._switch(number, msgspec.structs.replace(slot, active=True))
+
+    async def _replace_slot(self, number: int, key: bytes, passphrase: bytes, iterations: int) -> None:
+        """Fill a slot that is in use: on the way a spare one opens the container, for it may be the only one."""
+        spare = next((other for other in range(SLOTS) if other not in self.active_slots()), None)
+        if spare is not None:
+            await self._fill_slot(spare, key, passphrase, iterations)
+        await self._erase_slots([number])
+        await self._fill_slot(number, key, passphrase, iterations)
+        if spare is not None:
+            await self._erase_slots([spare])
 
     async def _erase_slots(self, numbers: Sequence[int]) -> None:
         for number in numbers:

@@ -70,9 +70,9 @@ async def opens(content: bytes | bytearray, word: str) -> bool:
     return True
 
 
-async def change(opened: Luks, passphrase: str | None = "alpha", **changes: Any) -> None:
+async def change(opened: Luks, passphrase: str | None = "alpha", *, force: bool = False, **changes: Any) -> None:
     wanted = msgspec.convert({name.replace("_", "-"): value for name, value in changes.items()}, LuksAmendOptions)
-    await opened.amend(wanted, objects(), passphrase.encode() if passphrase is not None else None)
+    await opened.amend(wanted, objects(), passphrase.encode() if passphrase is not None else None, force=force)
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +256,28 @@ async def test_changes_that_are_refused_change_nothing(opened: Luks, changes: di
     assert not store_of(opened).done
 
 
+async def test_a_slot_in_use_is_filled_by_force(opened: Luks) -> None:
+    await change(opened, state="active", new_secret="b", keyslot=0, iter_time=1, force=True)
+    assert opened.active_slots() == [0], "the spare slot is still active"
+    content = store_of(opened).content
+    assert [await opens(content, word) for word in WORDS.values()] == [False, True, False]
+    assert (await Luks.load(Memory(bytes(content)), "x")).header == opened.header
+
+
+async def test_a_slot_is_filled_by_force_where_none_is_spare(opened: Luks) -> None:
+    for _ in range(7):
+        await change(opened, state="active", new_secret="b", iter_time=1)
+    await change(opened, state="active", new_secret="c", keyslot=0, iter_time=1, force=True)
+    assert opened.active_slots() == list(range(8))
+    content = store_of(opened).content
+    assert [await opens(content, word) for word in WORDS.values()] == [False, True, True]
+
+
+async def test_the_last_slot_is_erased_by_force(opened: Luks) -> None:
+    await change(opened, state="inactive", keyslot=0, force=True)
+    assert opened.active_slots() == []
+
+
 async def test_filling_a_slot_takes_a_passphrase(opened: Luks) -> None:
     with pytest.raises(OptionError, match=r"takes a passphrase that opens another \(key-secret\)"):
         await change(opened, None, state="active", new_secret="b")
@@ -263,10 +285,14 @@ async def test_filling_a_slot_takes_a_passphrase(opened: Luks) -> None:
         await change(opened, "beta", state="active", new_secret="b")
 
 
-async def test_no_crash_locks_anybody_out(opened: Luks, ready: bytes) -> None:
+@pytest.mark.parametrize("by_force", [False, True])
+async def test_no_crash_locks_anybody_out(by_force: bool, opened: Luks, ready: bytes) -> None:
     """After each prefix of what was written, and any part of what was not flushed yet, `alpha` or `beta` opens."""
-    await change(opened, state="active", new_secret="b", keyslot=6, iter_time=1)
-    await change(opened, state="inactive", keyslot=0)
+    if by_force:
+        await change(opened, state="active", new_secret="b", keyslot=0, iter_time=1, force=True)
+    else:
+        await change(opened, state="active", new_secret="b", keyslot=6, iter_time=1)
+        await change(opened, state="inactive", keyslot=0)
     durable = Memory(ready)
     pending: list[tuple[int, bytes]] = []
     for event in store_of(opened).done:
