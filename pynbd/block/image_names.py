@@ -1,5 +1,7 @@
 """Names of files as they stand inside images: relative ones are meant from where the image is."""
 
+import os
+
 from pynbd.block import registry
 
 
@@ -21,3 +23,16 @@ def named_from(image: str, name: str) -> str:
     # No Path: "./" stays, as people wrote it, and QEMU tells it so.
     folder, slash, _ = image.rpartition("/")
     return folder + slash + name
+
+
+def names_itself(image: str, name: str) -> bool:
+    """Whether the file that `name` stands for inside an image is that image: one that is there, or is to be made.
+
+    Args:
+        image: the image's own file name.
+        name: as for `named_from`.
+    """
+    if has_protocol(name) or has_protocol(image):
+        return named_from(image, name) == image
+    # No Path: importing it takes longer than all this.
+    return os.path.realpath(named_from(image, name)) == os.path.realpath(image)

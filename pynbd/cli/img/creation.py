@@ -15,6 +15,7 @@ from pynbd.block.backend import BlockBackend
 from pynbd.block.driver import CreationOptions, Driver, Preallocation
 from pynbd.block.errors import BlockError, OptionError
 from pynbd.block.graph import Graph
+from pynbd.block.image_names import named_from, names_itself
 from pynbd.block.permissions import Permission
 from pynbd.cli.img.images import whole_sectors
 
@@ -73,6 +74,9 @@ def plan(graph: Graph, filename: str, format: str, given: Mapping[str, Any]) -> 
     for option, what in (("backing_file", "a backing file"), ("backing_fmt", "the format of a backing file")):
         if option in given and not takes(kind, option):
             raise OptionError(f"format {format!r} has no place for {what}")
+    backing = given.get("backing_file")
+    if filename and backing and names_itself(filename, backing):
+        raise OptionError(f"{filename}: an image can't be its own backing file")
     assert kind.CreateOptions is not None
     options = opt.convert(given, kind.CreateOptions, driver=format)
     return NewImage(kind, filename, graph.storage_tree(filename) if filename else {}, options, given)
@@ -144,7 +148,6 @@ async def backing_size(graph: Graph, image: str, backing: str, format: str) -> i
     Raises:
         OSError, BlockError: it can't be opened.
     """
-    from pynbd.block.image_names import named_from
     from pynbd.cli.img.images import describe, open_node
 
     name = named_from(image, backing)

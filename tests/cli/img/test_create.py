@@ -99,3 +99,21 @@ def test_an_unknown_format_below_is_refused_unseen(folder: Path) -> None:
     assert "foo" in failure("create", "-f", "qcow2", "-u", "-b", "missing", "-F", "foo", "a.qcow2", "1M")
     assert qemu_img("create", "-f", "qcow2", "-u", "-b", "missing", "-F", "foo", "b.qcow2", "1M").status == 1
     assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a.qcow2", "./a.qcow2", "link", "{folder}/a.qcow2"])
+@pytest.mark.parametrize("verb", ["create", "convert"])
+def test_no_image_is_its_own_backing_file(verb: str, name: str, folder: Path) -> None:
+    """qemu-img makes such images, and then eats memory without end when it opens one."""
+    ok("create", "-q", "-f", "qcow2", "a.qcow2", "1M")
+    ok("create", "-q", "-f", "qcow2", "source.qcow2", "1M")
+    (folder / "link").symlink_to("a.qcow2")
+    before = (folder / "a.qcow2").read_bytes()
+    backing = ("-F", "qcow2", "-b" if verb == "create" else "-B", name.format(folder=folder))
+    words = ("-f", "qcow2", *backing) if verb == "create" else ("-O", "qcow2", *backing, "source.qcow2")
+    assert "can't be its own backing file" in failure(verb, *words, "a.qcow2")
+    assert (folder / "a.qcow2").read_bytes() == before
+    if verb == "create":
+        (folder / "a.qcow2").unlink()
+        assert "can't be its own backing file" in failure(verb, *words, "-u", "a.qcow2", "1M")
+        assert not (folder / "a.qcow2").exists()
