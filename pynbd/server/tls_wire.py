@@ -5,7 +5,6 @@ from asyncio import AbstractEventLoop
 from collections.abc import Callable
 
 from pynbd.crypto.tls_socket import CHUNK_BYTES, TlsSocket
-from pynbd.server.late_reads import LateRead
 from pynbd.server.wire import PlainWire
 
 
@@ -21,6 +20,7 @@ class TlsWire(PlainWire):
     """
 
     _sock: TlsSocket
+    late_piece_bytes = CHUNK_BYTES
 
     def __init__(
         self,
@@ -41,15 +41,10 @@ class TlsWire(PlainWire):
         read = os.preadv(fd, [chunk], offset)
         return self._sock.send(chunk[:read])
 
-    def _send_late(self, read: LateRead) -> bool:
-        piece = read.next_piece(self._passing[:CHUNK_BYTES])
-        if not len(read) or piece is None:
-            self._queue.popleft()
-        if piece is not None:
-            # Of what is encrypted a part may have to wait, and must be there still: as any answer it is queued.
-            header, length = piece
-            self._queue.appendleft(b"".join((header, self._passing[:length])))
-            self.unsent += len(header) + length
+    def _send_passing(self, header: bytes, data: memoryview) -> bool:
+        # Of what is encrypted a part may have to wait, and must be there still: as any answer it is queued.
+        self._queue.appendleft(b"".join((header, data)))
+        self.unsent += len(header) + len(data)
         return True
 
     def receive_into(self, into: memoryview) -> int:

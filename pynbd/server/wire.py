@@ -93,6 +93,9 @@ class PlainWire:
         passing: a buffer of at least `PIECE_BYTES` that others use, too: nothing stays in it after a call.
     """
 
+    late_piece_bytes = PIECE_BYTES
+    """What is sent of a late read with one call."""
+
     def __init__(
         self,
         loop: AbstractEventLoop,
@@ -236,7 +239,7 @@ class PlainWire:
         return sent == total
 
     def _send_late(self, read: LateRead) -> bool:
-        piece = read.next_piece(self._passing[:PIECE_BYTES])
+        piece = read.next_piece(self._passing[: self.late_piece_bytes])
         if not len(read) or piece is None:
             self._queue.popleft()
         if piece is None:
@@ -245,7 +248,7 @@ class PlainWire:
         return self._send_passing(header, self._passing[:length])
 
     def _send_passing(self, header: bytes, data: memoryview) -> bool:
-        """Send both ahead of the queue; what the socket does not take is copied. False when it did not take all."""
+        """Send both ahead of the queue; what the socket does not take is copied. False when it took only a part."""
         try:
             sent = self._sock.sendmsg((header, data))
         except (BlockingIOError, InterruptedError):

@@ -11,13 +11,11 @@ from pynbd.block.statistics import Operation
 from pynbd.server.scratch import INLINE_READ_BYTES
 from pynbd.server.wire import PIECE_BYTES
 from tests.crypto.tls_ends import credentials
-from tests.server.clients import LIMIT_S, Client, Served, serving
+from tests.server.clients import CHUNKED, LIMIT_S, Client, Served, serving
 from tests.server.scattered import SCATTERED, Scattered, scattered
 from tests.server.test_tls import secure_server, secured
 
 KIB, MIB = 1 << 10, 1 << 20
-
-CHUNKED = [ReplyMode.STRUCTURED, ReplyMode.EXTENDED]
 
 DISK = {"driver": SCATTERED}
 

@@ -67,7 +67,8 @@ async def _grow(driver: "Qcow2", size: int, preallocation: Preallocation) -> Non
         preallocation = Preallocation.METADATA  # whoever writes to the data file alone is to be read here
     await grow_l1(image, entries)
     if header.has_data_file and driver.guest_file.size < size:
-        await driver.guest_file.node.truncate(size, Preallocation.OFF, exact=False)
+        reserved = Preallocation.OFF if preallocation is Preallocation.METADATA else preallocation
+        await driver.guest_file.node.truncate(size, reserved, exact=False)
     # What the last cluster holds behind the old end, and what the backing file has there, was never the guest's.
     driver.size = size
     try:
@@ -107,11 +108,9 @@ async def _write_size(driver: "Qcow2") -> None:
 
 async def _preallocate(driver: "Qcow2", old: int, size: int, preallocation: Preallocation) -> None:
     """Take clusters for all that was added."""
-    image, cluster, node = driver.image, driver.map.cluster, driver.guest_file.node
+    image, cluster = driver.image, driver.map.cluster
     start = round_up(old, cluster)
     end = round_up(size, cluster)
-    if driver.header.has_data_file and preallocation is not Preallocation.METADATA:
-        await node.truncate(size, preallocation, exact=False)
     while start < end:
         within = min(end, round_down(start, driver.map.slice_reach) + driver.map.slice_reach)
         count = (within - start) // cluster

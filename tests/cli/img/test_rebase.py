@@ -25,6 +25,7 @@ def _other_base() -> None:
         ("-b", "base.qcow2", "top.qcow2"),
         ("-b", "missing.qcow2", "-F", "qcow2", "top.qcow2"),
         ("-b", "base.qcow2", "-F", "nonsense", "top.qcow2"),
+        ("-T", "nonsense", "-b", "base.qcow2", "-F", "qcow2", "top.qcow2"),
         ("-b", "a", "b", "c"),
         (),
     ],

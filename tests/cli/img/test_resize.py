@@ -115,3 +115,21 @@ def test_preallocation_over_a_backing_file(backing: str, preallocation: str, ext
     added = [extent for extent in extents if extent["start"] + extent["length"] > first]
     assert all("offset" in extent and not extent["depth"] for extent in added), added
     assert added[-1]["start"] + added[-1]["length"] == 20 * MIB
+
+
+@pytest.mark.parametrize("raw", ["off", "on"])
+@pytest.mark.parametrize("preallocation", ["off", "metadata", "falloc", "full"])
+def test_preallocation_in_a_data_file(preallocation: str, raw: str, folder: Path) -> None:
+    """As many blocks are taken in it, and the same is told of what was added."""
+    for side in ("theirs", "ours"):
+        options = f"data_file={side}.data,data_file_raw={raw}"
+        qemu("create", "-q", "-f", "qcow2", "-o", options, f"{side}.qcow2", "1M")
+    words = ("resize", "-q", f"--preallocation={preallocation}")
+    assert qemu_img(*words, "theirs.qcow2", "8M").status == 0
+    ok(*words, "ours.qcow2", "8M")
+    assert qemu_img("check", "ours.qcow2").status == 0
+    theirs, ours = (qemu_img("map", "--output=json", f"{side}.qcow2").out for side in ("theirs", "ours"))
+    assert json.loads(ours) == json.loads(theirs)
+    # In whole MiB: the file system may need a block for its list of extents.
+    took = [(folder / f"{side}.data").stat().st_blocks >> 11 for side in ("theirs", "ours")]
+    assert took[0] == took[1]
