@@ -13,10 +13,10 @@ from time import perf_counter_ns
 from typing import TypeVar
 
 from pynbd.block.child import Child
-from pynbd.block.driver import HostWriter, Location, Preallocation
+from pynbd.block.driver import Filler, HostWriter, Location, Preallocation
 from pynbd.block.errors import io_error
 from pynbd.block.extents import ChainExtent, Status
-from pynbd.block.node import Node, not_now, nowhere
+from pynbd.block.node import Node, never, not_now, nowhere
 from pynbd.block.permissions import ChildRole, Permission
 from pynbd.block.requests import RequestFlag
 from pynbd.block.statistics import Operation, Statistics
@@ -60,6 +60,16 @@ def writer_in_place(edge: Child) -> Callable[[int, memoryview], bool]:
     return not_now if write_now is not_now else write
 
 
+def filler_in_place(edge: Child) -> Callable[[int, int, Filler], int | None]:
+    """`fill_now` through an edge, within its permissions and the disk's size."""
+    driver, fill_now = edge.node.driver, edge.fill_now
+
+    def fill(offset: int, length: int, filler: Filler) -> int | None:
+        return fill_now(offset, length, filler) if offset + length <= driver.size and edge.may_write else None
+
+    return never if fill_now is never else fill
+
+
 class BlockBackend:
     """One user of a node.
 
@@ -95,6 +105,10 @@ class BlockBackend:
         Such writes are counted by whoever makes them, many at a time, who also flushes where they have to be durable
         (without `write_cache` all of them have to). 0 requests are in flight meanwhile: nothing else runs before this
         returns.
+        """
+        self.fill_now: Callable[[int, int, Filler], int | None] = never
+        """Have the kernel put data into memory that is the disk; see `Driver.fill_now`. What `write_now` says of who
+        counts such writes, and makes them durable, holds here as well.
         """
         self._ready = False
         self._drains = 0
@@ -180,9 +194,9 @@ class BlockBackend:
     def _bind(self) -> None:
         root = self.root
         self._ready = root is not None and not (self._drains or self._stopped or self._shut_down)
-        self.locate, self.write_now = nowhere, not_now
+        self.locate, self.write_now, self.fill_now = nowhere, not_now, never
         if self._ready and root is not None:
-            self.locate, self.write_now = root.locate, writer_in_place(root)
+            self.locate, self.write_now, self.fill_now = root.locate, writer_in_place(root), filler_in_place(root)
 
     def _wake(self) -> None:
         self._bind()

@@ -48,13 +48,19 @@ class Location(NamedTuple):
         host_offset: where in it, in bytes.
         length: how many of them.
         flags: for `preadv`, so that it does not wait for a disk: `RWF_NOWAIT`, or 0 where memory is the disk.
+        memory: all of the file, where memory is the disk and is mapped. Only the kernel may look at what was never
+            written, because it takes memory then: if there is none, a system call fails, and a program is ended.
     """
 
     fd: int
     host_offset: int
     length: int
     flags: int = os.RWF_NOWAIT
+    memory: memoryview | None = None
 
+
+Filler = Callable[[memoryview], int]
+"""Has the kernel put bytes into memory, from its start on, and says how many: none if 0 or less."""
 
 HostWriter = Callable[[int, int, int, bool], int]
 """Puts bytes into an open file, in a thread: `(fd, host_offset, length, fresh)`; `fresh` says that the place reads as
@@ -286,6 +292,23 @@ class Driver:
         """
         return False
 
+    def fill_now(self, offset: int, length: int, filler: Filler) -> int | None:
+        """Let bytes be put straight into the disk, where memory is the disk, or say no: then `write` is called.
+
+        A plain function, for payloads that are just arriving.
+
+        Args:
+            offset, length: the range, in bytes, all of it inside the disk.
+            filler: called at most once, and before this returns, with memory that is this range of the disk.
+
+        Returns:
+            what the filler says; None if it was not called.
+
+        Raises:
+            OSError: what the filler raises; EFAULT if there is no memory left.
+        """
+        return None
+
     async def write_by(self, offset: int, length: int, writer: HostWriter) -> int:
         """Let somebody else put bytes where they are to lie in an open file, or say no: then `write` is called.
 
@@ -441,6 +464,6 @@ class Filter(Driver):
         kind = type(self)
         if member == "locate" and kind.read is not Filter.read:
             return False
-        if member in ("write_now", "write_by") and kind.write is not Filter.write:
+        if member in ("write_now", "fill_now", "write_by") and kind.write is not Filter.write:
             return False
         return getattr(kind, member) is getattr(Filter, member)

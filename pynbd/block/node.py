@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from pynbd.block import status
 from pynbd.block.alignment import BOUNCE_BYTES, aligned_buffer, pieces, round_down, round_up, split_by_alignment
 from pynbd.block.child import Child, DataPath
-from pynbd.block.driver import Driver, Filter, HostWriter, ImageInfo, Location, Preallocation
+from pynbd.block.driver import Driver, Filler, Filter, HostWriter, ImageInfo, Location, Preallocation
 from pynbd.block.errors import io_error
 from pynbd.block.extents import ChainExtent, Extent
 from pynbd.block.objects import Objects
@@ -51,6 +51,11 @@ def nowhere(offset: int, length: int) -> Location | None:
 def not_now(offset: int, data: memoryview) -> bool:
     """`write_now` of a node that must see each write in its own time."""
     return False
+
+
+def never(offset: int, length: int, filler: Filler) -> int | None:
+    """`fill_now` of a node that must see each write, or is no memory."""
+    return None
 
 
 async def by_nobody(offset: int, length: int, writer: HostWriter) -> int:
@@ -173,6 +178,7 @@ class Node:
         plain = self._tracker is None and limits.request_alignment == 1 and limits.max_transfer == 0
         unwatched = self.write_guard is None and self.options.detect_zeroes == "off"
         immediate = plain and unwatched and type(driver).write_now is not Driver.write_now
+        in_memory = plain and unwatched and type(driver).fill_now is not Driver.fill_now
         by_others = plain and unwatched and type(driver).write_by is not Driver.write_by
         return DataPath(
             read=self._read if not plain else self.calls.read if driver.zero_past_end else self._read_plain,
@@ -183,6 +189,7 @@ class Node:
             flush=self.flush,
             locate=driver.locate if type(driver).locate is not Driver.locate else nowhere,
             write_now=self._write_now if immediate else not_now,
+            fill_now=self._fill_now if in_memory else never,
             write_by=self._write_by if by_others else by_nobody,
         )
 
@@ -202,7 +209,7 @@ class Node:
             and not self.bitmaps
             and self.write_guard is None
             and self.options.detect_zeroes == "off"
-            and (request in ("write", "write_now", "write_by") or self._discards)
+            and (request in ("write", "write_now", "fill_now", "write_by") or self._discards)
         )
 
     def below_changed(self, edge: Child) -> None:
@@ -278,6 +285,19 @@ class Node:
         if end > self.write_highest_offset or end > self._told_size or self.bitmaps:
             self._written(offset, len(data))
         return True
+
+    def _fill_now(self, offset: int, length: int, filler: Filler) -> int | None:
+        """The same for a write whose bytes the kernel puts into memory that is the disk."""
+        if self.read_only or offset + length > self.driver.size:
+            return None
+        done: int | None = length
+        try:
+            done = self.driver.fill_now(offset, length, filler)
+        finally:
+            # Also after a failure: some of it may have reached the disk.
+            if done is not None and done > 0:
+                self._written(offset, done)
+        return done
 
     async def _write_by(self, offset: int, length: int, writer: HostWriter) -> int:
         """The same for a write whose bytes somebody else puts into the file."""

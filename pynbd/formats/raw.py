@@ -12,7 +12,7 @@ from typing import ClassVar
 from pynbd.block import errors
 from pynbd.block.alignment import round_up
 from pynbd.block.backend import BlockBackend
-from pynbd.block.driver import ChildSpec, CreationOptions, Driver, Filter, ImageInfo, Location, Preallocation
+from pynbd.block.driver import ChildSpec, CreationOptions, Driver, Filler, Filter, ImageInfo, Location, Preallocation
 from pynbd.block.extents import Extent
 from pynbd.block.families import Measurement
 from pynbd.block.options import MAX_SIZE_BYTES, NodeOptions, Size
@@ -123,6 +123,11 @@ class Raw(Driver):
         if offset + len(data) > self.size or self._events_are_heard():
             return False
         return self.file.write_now(self.options.offset + offset, data)
+
+    def fill_now(self, offset: int, length: int, filler: Filler) -> int | None:
+        if offset + length > self.size or self._events_are_heard():
+            return None
+        return self.file.fill_now(self.options.offset + offset, length, filler)
 
     async def block_status(self, offset: int, length: int) -> Sequence[Extent]:
         return await self.file.block_status(self.options.offset + offset, length)

@@ -22,6 +22,9 @@ ALIGNED_READ_BYTES = 32 << 10
 ALIGNMENT = 64
 """From that length on the data of a read begin at such an address: the kernel copies to others much slower."""
 
+MAPPED_READ_BYTES = 32 << 10
+"""From that length on bytes of a disk in memory are sent from where they lie."""
+
 SHUTTING_DOWN = (Errno.ESHUTDOWN, "the server is shutting down")
 
 # Plain integers: what an IntFlag costs in an expression is more than the rest of a small request.
@@ -116,10 +119,22 @@ class Batches:
                 if length >= ALIGNED_READ_BYTES and data & (ALIGNMENT - 1):
                     data += -data & (ALIGNMENT - 1)
                 end = data + length
-                if located is not None and located[2] == length and (length < asks_from or is_whole(*located)):
+                if located is not None and located[2] == length and (length < asks_from or is_whole(located)):
                     if end > ANSWERS_BYTES:
                         served = index
                         break
+                    memory = located[4] if length >= MAPPED_READ_BYTES else None
+                    if memory is not None and (length >= asks_from or is_whole(located)):
+                        if total >= MAX_BATCH_BYTES:
+                            served = index
+                            break
+                        pack(answers, position, request.cookie, request.offset, length)
+                        position += header
+                        parts += (answers[part:position], memory[located[1] : located[1] + length])
+                        part = position
+                        count += 1
+                        total += length
+                        continue
                     try:
                         got = preadv(located[0], [answers[data:end]], located[1], located[3])
                     except OSError:
@@ -164,7 +179,8 @@ class Batches:
         if position:
             try:
                 if part:
-                    parts.append(answers[part:position])
+                    if position > part:
+                        parts.append(answers[part:position])
                     self._wire.send_borrowed_parts(parts)
                 else:
                     self._wire.send_borrowed(answers[:position])

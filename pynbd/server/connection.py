@@ -318,17 +318,16 @@ class Connection:
             payload.buffer = memoryview(bytes(rest))  # the received bytes are overwritten at the next wake-up
 
     def _receive_payload(self, payload: Payload) -> None:
-        room = payload.reserved - payload.filled
-        if room <= 0:
+        if payload.reserved <= payload.filled:
             self._continue_soon()
             return
-        received = self.wire.receive_into(payload.buffer[payload.filled : payload.filled + room])
+        wire = self.wire
+        received = payload.receive(self.backend, wire.receive_into, by_kernel=wire.kernel_receives)
         if received < 0:
             return
         if received == 0:
             self._end()
             return
-        payload.filled += received
         if payload.in_parts:
             payload.write_part(self.backend)
         self._advance_payload(payload)
@@ -359,7 +358,7 @@ class Connection:
             self._all_parts_written(payload)
             return
         self._outstanding.requests += 1
-        self._coroutines.start(request, payload.buffer.toreadonly(), request.length, payload.whole)
+        self._coroutines.start(request, payload.buffer.toreadonly(), request.length, payload.whole, payload.placed)
 
     def _all_parts_written(self, payload: Payload) -> None:
         """A large write has been made as it arrived: answer it, or make it durable first."""
@@ -536,7 +535,7 @@ class Connection:
 
     def _read_rest(self, request: Request, sent: int) -> None:
         """Some of a late read was not in memory after all."""
-        self._coroutines.start(request, None, request.length, sent=sent)
+        self._coroutines.start(request, None, request.length, done=sent)
 
     # --- sending ------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from nbd_protocol.constants import Command, CommandFlag, Errno
 from nbd_protocol.transmission import Replies, Request
 from pynbd.block.requests import RequestFlag
+from pynbd.block.statistics import Operation
 from pynbd.server import events
 from pynbd.server.budget import Account
 from pynbd.server.buffers import BufferPool
@@ -68,7 +69,7 @@ class Coroutines:
         payload: memoryview | None,
         reserved: int,
         borrowed: memoryview | None = None,
-        sent: int = 0,
+        done: int = 0,
     ) -> None:
         """Carry out a request.
 
@@ -77,24 +78,24 @@ class Coroutines:
             payload: of a write; it stays as it is until the request has ended.
             reserved: bytes that are given back to the account then.
             borrowed: a buffer that goes back to the pool then.
-            sent: bytes of a read that were sent already.
+            done: bytes of a read that were sent already, or of a write that are in the disk already.
         """
-        self._starter.start(self._carry_out(request, payload, reserved, borrowed, sent))
+        self._starter.start(self._carry_out(request, payload, reserved, borrowed, done))
 
     def start_flush(self, requests: Sequence[Request]) -> None:
         """Make one flush for writes that have been made, and for those who asked for a flush."""
         self._starter.start(self._make_durable(requests))
 
     async def _carry_out(
-        self, request: Request, payload: memoryview | None, reserved: int, borrowed: memoryview | None, sent: int
+        self, request: Request, payload: memoryview | None, reserved: int, borrowed: memoryview | None, done: int
     ) -> None:
         execution = self._execution
         try:
             if request.type == WRITE and payload is not None:
-                await self._backend.write(request.offset, payload, FUA if request.flags & COMMAND_FUA else 0)
+                await self._write(request, payload, done)
                 answer: list[Item] = [self._replies.done(request)]
             elif request.type == READ:
-                answer = await (execution.read_in_chunks(request, sent) if sent else execution.read(request))
+                answer = await (execution.read_in_chunks(request, done) if done else execution.read(request))
             else:
                 answer = await execution.execute(request)
         except OSError as problem:
@@ -107,6 +108,16 @@ class Coroutines:
         if reserved:
             self._account.give(reserved)
         self._ended(answer, 1)
+
+    async def _write(self, request: Request, payload: memoryview, done: int) -> None:
+        backend, flags = self._backend, FUA if request.flags & COMMAND_FUA else 0
+        if not done:
+            await backend.write(request.offset, payload, flags)
+            return
+        await backend.write(request.offset + done, payload[done:], 0)
+        backend.statistics.account(Operation.WRITE, 0, done, 0)
+        if flags or not backend.write_cache:
+            await backend.flush(0)
 
     async def _make_durable(self, requests: Sequence[Request]) -> None:
         execution = self._execution

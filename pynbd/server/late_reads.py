@@ -81,8 +81,8 @@ class LateRead(Deferred):
             located = locate(offset + done, length - done)
             if located is None:
                 break
-            fd, position, found, flags = located
-            if not is_whole(fd, position, found, flags):
+            fd, position, found, flags, _ = located
+            if not is_whole(located):
                 break
             try:
                 got = os.preadv(fd, [into[done : done + found]], position, flags)

@@ -1,10 +1,12 @@
 """`Payload`: what a large write brings, while it arrives."""
 
+import errno
 from collections.abc import Callable
 from time import perf_counter_ns
 
 from nbd_protocol.transmission import Request
 from pynbd.block.backend import BlockBackend
+from pynbd.block.node import never
 from pynbd.server.budget import Account
 from pynbd.server.buffers import BufferPool
 from pynbd.storage import linux
@@ -18,9 +20,20 @@ WRITTEN_PART_BYTES = 128 << 10
 
 
 class Payload:
-    """The payload of a large write that is arriving in a buffer of its own."""
+    """The payload of a large write that is arriving: in a buffer of its own, or in the disk if that is memory."""
 
-    __slots__ = ("admitted", "buffer", "filled", "in_parts", "request", "reserved", "whole", "write_ns", "written")
+    __slots__ = (
+        "admitted",
+        "buffer",
+        "filled",
+        "in_parts",
+        "placed",
+        "request",
+        "reserved",
+        "whole",
+        "write_ns",
+        "written",
+    )
 
     def __init__(self, request: Request, arrived: memoryview) -> None:
         self.request = request
@@ -30,6 +43,7 @@ class Payload:
         self.admitted = False  # whether it was counted against the client's rates
         self.whole: memoryview | None = None
         self.in_parts = True  # written as it arrives, so far
+        self.placed = 0  # what is in the disk alone, and not in the buffer
         self.written = 0
         self.write_ns = 0
 
@@ -57,6 +71,46 @@ class Payload:
                 self.buffer = buffer
         return True
 
+    def receive(self, backend: BlockBackend, receive_into: Callable[[memoryview], int], *, by_kernel: bool) -> int:
+        """Receive what has arrived of it, no more than is reserved.
+
+        Args:
+            backend: what is written.
+            receive_into: see `Wire.receive_into`; returns what this returns.
+            by_kernel: whether it is the kernel that puts the bytes there.
+
+        Raises:
+            OSError: the connection is lost.
+        """
+        room = self.reserved - self.filled
+        if by_kernel and self.in_parts and self._may_fill(backend):
+            try:
+                received = backend.fill_now(self.request.offset + self.filled, room, receive_into)
+            except OSError as problem:
+                if problem.errno != errno.EFAULT:
+                    raise
+                received = None  # no memory is left: the write of what follows says so
+            if received is not None:
+                if received > 0:
+                    self.filled += received
+                    self.placed = self.written = self.filled
+                return received
+            self.in_parts = False
+        received = receive_into(self.buffer[self.filled : self.filled + room])
+        if received > 0:
+            self.filled += received
+        return received
+
+    def _may_fill(self, backend: BlockBackend) -> bool:
+        """Whether what comes next may go straight into the disk: all that came before must be there."""
+        if backend.fill_now is never:
+            return False
+        if self.written < self.filled:
+            if not backend.write_now(self.request.offset + self.written, self.buffer[self.written : self.filled]):
+                return False
+            self.written = self.filled
+        return True
+
     def write_part(self, backend: BlockBackend) -> None:
         """Write what has arrived, if the driver can do so at once: the processor's cache has it still.
 
@@ -65,6 +119,8 @@ class Payload:
         disk, nothing is promised of a write that was not answered.
         """
         offset, end = self.request.offset, self.filled
+        if end == self.written:
+            return
         if end < self.request.length:
             end -= (offset + end) % linux.PAGE_BYTES
             if end - self.written < WRITTEN_PART_BYTES:

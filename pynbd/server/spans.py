@@ -4,6 +4,7 @@ import abc
 import os
 from collections.abc import Callable
 
+from pynbd.block.driver import Location
 from pynbd.server.buffers import Buffer
 from pynbd.storage import linux
 
@@ -62,8 +63,9 @@ def has_hole(fd: int, offset: int, length: int, status: os.stat_result, *, in_me
     return os.lseek(fd, offset, os.SEEK_HOLE) < offset + length
 
 
-def is_whole(fd: int, offset: int, length: int, flags: int) -> bool:
-    """Whether a range of a file has no hole, and the file is as long as that; arguments as in `Location`."""
+def is_whole(located: Location) -> bool:
+    """Whether a range of a file has no hole, and the file is as long as that."""
+    fd, offset, length, flags, _ = located
     try:
         return not has_hole(fd, offset, length, os.fstat(fd), in_memory=not flags)
     except OSError:

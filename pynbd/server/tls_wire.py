@@ -20,6 +20,7 @@ class TlsWire(PlainWire):
     """
 
     _sock: TlsSocket
+    kernel_receives = False
     late_piece_bytes = CHUNK_BYTES
 
     def __init__(

@@ -42,6 +42,8 @@ Item = Buffer | Deferred
 class Wire(Protocol):
     """What a connection needs of the bytes' way in and out."""
 
+    kernel_receives: bool
+    """Whether it is the kernel that puts received bytes where they are to go, and not this program."""
     unsent: int
     """Bytes that are queued in memory (what is deferred counts nothing)."""
     moved: int
@@ -93,6 +95,7 @@ class PlainWire:
         passing: a buffer of at least `PIECE_BYTES` that others use, too: nothing stays in it after a call.
     """
 
+    kernel_receives = True
     late_piece_bytes = PIECE_BYTES
     """What is sent of a late read with one call."""
 

@@ -196,7 +196,7 @@ class File(Driver):
         if self._nowait is None or inside <= 0:
             return None
         # As `Location(…)`, in half the time.
-        return new_tuple(Location, (self._fd, offset, length if length < inside else inside, self._nowait))
+        return new_tuple(Location, (self._fd, offset, length if length < inside else inside, self._nowait, None))
 
     def located_for_good(self) -> bool:
         return self._nowait is not None

@@ -7,12 +7,14 @@ run a coroutine for each read and copy the bytes once more.)
 Limits: what it held is gone when it is closed.
 """
 
+import contextlib
 import errno
+import mmap
 import os
 from collections.abc import Sequence
 
 from pynbd.block import errors
-from pynbd.block.driver import Driver, Location, Preallocation
+from pynbd.block.driver import Driver, Filler, Location, Preallocation
 from pynbd.block.extents import Extent
 from pynbd.block.options import NodeOptions, Size
 from pynbd.storage import linux, sparse
@@ -37,6 +39,7 @@ class Memory(Driver):
     zero_past_end = True
 
     options: MemoryOptions
+    _memory: memoryview | None = None
 
     async def open(self) -> None:
         self._fd = os.memfd_create(f"pynbd:{self.node.name[:200]}", os.MFD_CLOEXEC)
@@ -46,9 +49,18 @@ class Memory(Driver):
             os.close(self._fd)
             raise errors.OptionError(f"memory: a disk of {self.options.size} bytes: {problem.strerror}") from None
         self.size = self.options.size
+        self._map()
 
     async def close(self) -> None:
+        self._memory = None  # unmapped when nobody looks at it any more
         os.close(self._fd)
+
+    def _map(self) -> None:
+        """Have all of the disk as memory, too, if that is possible: it may be longer than addresses are."""
+        self._memory = None
+        if self.size:
+            with contextlib.suppress(OSError, OverflowError):
+                self._memory = memoryview(mmap.mmap(self._fd, self.size))
 
     async def read(self, offset: int, into: memoryview, flags: int) -> None:
         fd, done, length = self._fd, os.preadv(self._fd, (into,), offset), len(into)
@@ -79,8 +91,12 @@ class Memory(Driver):
             self._grown(offset + done)
         return done == len(data)
 
+    def fill_now(self, offset: int, length: int, filler: Filler) -> int | None:
+        return None if self._memory is None else filler(self._memory[offset : offset + length])
+
     def _grown(self, size: int) -> None:
         self.size = size
+        self._memory = None  # it would be mapped anew for each write past the end
         self.node.resized()
 
     async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
@@ -100,7 +116,9 @@ class Memory(Driver):
 
     def locate(self, offset: int, length: int) -> Location | None:
         inside = self.size - offset
-        return Location(self._fd, offset, length if length < inside else inside, 0) if inside > 0 else None
+        if inside <= 0:
+            return None
+        return Location(self._fd, offset, length if length < inside else inside, 0, self._memory)
 
     def located_for_good(self) -> bool:
         return True
@@ -110,6 +128,7 @@ class Memory(Driver):
             linux.fallocate(self._fd, 0, self.size, size - self.size)
         os.ftruncate(self._fd, size)
         self.size = size
+        self._map()
 
     async def allocated_size(self) -> int | None:
         return os.fstat(self._fd).st_blocks * 512
