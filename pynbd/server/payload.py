@@ -19,6 +19,11 @@ WRITTEN_PART_BYTES = 128 << 10
 """Large payloads are written in parts of at least this length as they arrive, where nobody has to wait for it."""
 
 
+def _nothing(memory: memoryview) -> int:
+    """A filler that only finds out whether it is called."""
+    return 0
+
+
 class Payload:
     """The payload of a large write that is arriving: in a buffer of its own, or in the disk if that is memory."""
 
@@ -26,6 +31,7 @@ class Payload:
         "admitted",
         "buffer",
         "filled",
+        "fills",
         "in_parts",
         "placed",
         "request",
@@ -42,6 +48,7 @@ class Payload:
         self.reserved = 0
         self.admitted = False  # whether it was counted against the client's rates
         self.whole: memoryview | None = None
+        self.fills = True  # received straight into the disk, so far
         self.in_parts = True  # written as it arrives, so far
         self.placed = 0  # what is in the disk alone, and not in the buffer
         self.written = 0
@@ -83,7 +90,7 @@ class Payload:
             OSError: the connection is lost.
         """
         room = self.reserved - self.filled
-        if by_kernel and self.in_parts and self._may_fill(backend):
+        if by_kernel and self.fills and self._may_fill(backend):
             try:
                 received = backend.fill_now(self.request.offset + self.filled, room, receive_into)
             except OSError as problem:
@@ -95,21 +102,25 @@ class Payload:
                     self.filled += received
                     self.placed = self.written = self.filled
                 return received
-            self.in_parts = False
+            self.fills = False
         received = receive_into(self.buffer[self.filled : self.filled + room])
         if received > 0:
             self.filled += received
         return received
 
     def _may_fill(self, backend: BlockBackend) -> bool:
-        """Whether what comes next may go straight into the disk: all that came before must be there."""
-        if backend.fill_now is never:
-            return False
-        if self.written < self.filled:
-            if not backend.write_now(self.request.offset + self.written, self.buffer[self.written : self.filled]):
-                return False
+        """Whether what comes next may go straight into the disk: that must be memory, and have all that came before."""
+        if self.written == self.filled:
+            return True
+        request, written = self.request, self.written
+        self.fills = (
+            backend.fill_now is not never
+            and backend.fill_now(request.offset, request.length, _nothing) is not None
+            and backend.write_now(request.offset + written, self.buffer[written : self.filled])
+        )
+        if self.fills:
             self.written = self.filled
-        return True
+        return self.fills
 
     def write_part(self, backend: BlockBackend) -> None:
         """Write what has arrived, if the driver can do so at once: the processor's cache has it still.

@@ -1,7 +1,7 @@
 """A storage driver for tests in which every request waits until the test lets it go on.
 
 Named by its file (`HELD`). While `hold` is set, requests of the kinds named there wait in `waiting`. With `writes_now`
-it writes in place.
+it writes in place, with `memory` large writes are received there.
 """
 
 import asyncio
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from pynbd.block.driver import Driver
+from pynbd.block.driver import Driver, Filler
 from pynbd.block.node import Node
 from pynbd.block.options import NodeOptions, Size
 
@@ -48,6 +48,9 @@ class Held(Driver):
         self.arrived = asyncio.Event()
         self.on_call: Callable[[], None] | None = None
         self.writes_now = False
+        self.memory: bytearray | None = None
+        """With it, `fill_now` takes what comes."""
+        self.fill_fails: OSError | None = None
 
     async def _wait(self, what: str, offset: int, length: int) -> None:
         self.calls.append((what, offset, length))
@@ -92,6 +95,17 @@ class Held(Driver):
             self.calls.append(("write_now", offset, len(data)))
             self.written[offset] = bytes(data)
         return self.writes_now
+
+    def fill_now(self, offset: int, length: int, filler: Filler) -> int | None:
+        if self.memory is None:
+            return None
+        if self.fill_fails is not None:
+            raise self.fill_fails
+        filled = filler(memoryview(self.memory)[offset : offset + length])
+        if not filled:
+            return filled
+        self.calls.append(("fill_now", offset, filled))
+        return filled
 
     async def flush_to_disk(self) -> None:
         await self._wait("flush", 0, 0)

@@ -35,6 +35,40 @@ async def test_short_and_long_reads_of_one_batch(mode: ReplyMode) -> None:
                 assert (await client.reply(cookie)).data == content[offset : offset + length]
 
 
+@pytest.mark.parametrize("mode", MODES)
+async def test_reads_of_memory_leave_its_holes_alone(mode: ReplyMode) -> None:
+    """What was never written takes no memory, however it is read."""
+    content = random.Random(10).randbytes(MIB)
+    async with serving(MEMORY) as served:
+        client = await served.connect(mode=mode)
+        await client.write(4 * MIB, content)
+        before = await served.node().allocated_size()
+        lengths = (32 * KIB, 64 * KIB)
+        asked = [(offset, length) for length in lengths for offset in range(0, 8 * MIB, length)]
+        for start in range(0, len(asked), 10):
+            some = asked[start : start + 10]
+            cookies = await send_together(client, *((Command.READ, offset, length) for offset, length in some))
+            for cookie, (offset, length) in zip(cookies, some, strict=True):
+                inside = content[offset - 4 * MIB :][:length] if offset >= 4 * MIB else b""
+                assert (await client.reply(cookie)).data == inside.ljust(length, b"\0")
+        assert await served.node().allocated_size() == before
+
+
+async def test_what_a_slow_client_has_not_taken_does_not_change() -> None:
+    """Reads of memory are sent from where they lie, and it is written again before they have left."""
+    content, offsets = random.Random(11).randbytes(8 * MIB), range(0, 8 * MIB, 64 * KIB)
+    async with serving(MEMORY) as served:
+        client, other = await served.connect(receive_bytes=4096), await served.connect()
+        await other.write(0, content)
+        cookies = await send_together(client, *((Command.READ, offset, 64 * KIB) for offset in offsets))
+        async with asyncio.timeout(LIMIT_S):
+            while not any(connection.wire.unsent for connection in served.server.connections):
+                await asyncio.sleep(0)
+        await other.write(0, bytes(8 * MIB))
+        for cookie, offset in zip(cookies, offsets, strict=True):
+            assert (await client.reply(cookie)).data == content[offset : offset + 64 * KIB]
+
+
 def durable(offset: int) -> tuple[Any, ...]:
     return (Command.WRITE, offset, 0, CommandFlag.FUA, b"durable!")
 

@@ -1,6 +1,7 @@
 """The payload of a large write, while it arrives: its memory, and how it is written in parts."""
 
 import asyncio
+import errno
 import random
 import socket
 
@@ -8,13 +9,14 @@ import pytest
 
 from nbd_protocol.constants import Command, CommandFlag, ReplyMode
 from nbd_protocol.transmission import Request
+from pynbd.block.bitmaps import DirtyBitmap
 from pynbd.block.statistics import Operation
 from pynbd.server import payload as payload_module
 from pynbd.server.budget import OVERDRAFT_BYTES, PayloadBudget
 from pynbd.server.buffers import BufferPool
 from pynbd.server.payload import PAYLOAD_STEP_BYTES, Payload
 from tests.server.clients import LIMIT_S, MODES, serving, the_connection, write
-from tests.server.held import HELD, held
+from tests.server.held import HELD, Held, held
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -124,3 +126,110 @@ async def test_a_payload_that_breaks_off_gives_its_memory_back() -> None:
             while served.server.connections:
                 await asyncio.sleep(0)
         assert not served.server.budget.taken
+
+
+# --- into a disk that is memory -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [CommandFlag(0), CommandFlag.FUA])
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_large_payload_is_received_into_memory(mode: ReplyMode, flags: CommandFlag) -> None:
+    offset, payload = 5 * KIB + 1, random.Random(4).randbytes(3 * MIB + 512)
+    async with serving({"driver": HELD, "size": 8 * MIB}) as served:
+        driver = held(served.node())
+        driver.memory, driver.hold = bytearray(8 * MIB), frozenset()
+        driver.writes_now = True
+        node, client = served.node(), await served.connect(mode=mode)
+        bitmap = node.bitmaps.setdefault("b", DirtyBitmap("b", node.size, 512))
+        node.bind_path()
+        await client.write(offset, payload, flags)
+        [first], parts = calls(driver, "write_now"), calls(driver, "fill_now")
+        ahead = driver.written[offset]
+        assert first == (offset, len(ahead))
+        assert ahead + driver.memory[offset + len(ahead) : offset + len(payload)] == payload
+        assert sum(length for _, length in parts if length > 0) == len(payload) - len(ahead)
+        assert bool(calls(driver, "flush")) == bool(flags)
+        assert not calls(driver, "write")
+        assert bitmap.count == 512 * (-(-(offset + len(payload)) // 512) - offset // 512)
+        statistics = the_connection(served).backend.statistics
+        assert statistics.operations[Operation.WRITE] == 1
+        assert statistics.bytes[Operation.WRITE] == len(payload)
+        assert not served.server.budget.taken
+
+
+def calls(driver: Held, what: str) -> list[tuple[int, int]]:
+    return [(offset, length) for kind, offset, length in driver.calls if kind == what]
+
+
+@pytest.mark.parametrize("flags", [CommandFlag(0), CommandFlag.FUA])
+@pytest.mark.parametrize("why", ["no memory is left", "drained", "not memory any more"])
+async def test_a_payload_that_can_not_go_on_in_memory_is_received_and_written(why: str, flags: CommandFlag) -> None:
+    """What is in the disk already stays there; the rest is written, and all of it made durable."""
+    payload = random.Random(6).randbytes(3 * MIB)
+    async with serving({"driver": HELD, "size": 8 * MIB}) as served:
+        driver, backend = held(served.node()), served.server.exports[""].backend
+        driver.memory, driver.hold = bytearray(8 * MIB), frozenset()
+        driver.writes_now = True
+        client = await served.connect()
+        cookie, buffers = client.prepared(Command.WRITE, 0, payload=payload, flags=flags)
+        sent = b"".join(buffers)
+        await client.send_bytes(sent[:MIB])
+        connection = the_connection(served)
+        async with asyncio.timeout(LIMIT_S):
+            while connection._payload is None or connection._payload.filled < MIB - 100:
+                await asyncio.sleep(0)
+        placed = connection._payload.placed
+        assert placed == connection._payload.filled
+        driver.writes_now = False
+        if why == "no memory is left":
+            driver.fill_fails = OSError(errno.EFAULT, "Bad address")
+        elif why == "drained":
+            backend.begin_drain()
+        else:
+            driver.memory = None
+        await client.send_bytes(sent[MIB:])
+        async with asyncio.timeout(LIMIT_S):
+            while connection.payload_open:
+                await asyncio.sleep(0)
+        if why == "drained":
+            assert not calls(driver, "write")
+            backend.end_drain()
+        assert not (await client.reply(cookie)).error
+        [write_of_the_rest] = calls(driver, "write")
+        assert write_of_the_rest == (placed, len(payload) - placed)
+        assert driver.written[placed] == payload[placed:]
+        assert bool(calls(driver, "flush")) == bool(flags)
+        assert backend.statistics.operations[Operation.WRITE] == 1
+        assert backend.statistics.bytes[Operation.WRITE] == len(payload)
+        assert not served.server.budget.taken
+
+
+async def test_a_client_that_is_lost_while_its_payload_goes_into_memory() -> None:
+    async with serving({"driver": HELD, "size": 8 * MIB}) as served:
+        driver = held(served.node())
+        driver.memory, driver.writes_now = bytearray(8 * MIB), True
+        client = await served.connect()
+        _, buffers = client.prepared(*write(0, b"x" * 2 * MIB))
+        await client.send_bytes(b"".join(buffers)[:MIB])
+        client.sock.close()
+        await served.until_gone()
+        assert not served.server.budget.taken
+        assert not any(driver.memory[MIB:])
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_large_writes_to_a_disk_in_memory(mode: ReplyMode) -> None:
+    """Also with holes in it, and through a format that only moves it."""
+    source = random.Random(str(mode))
+    tree = {"driver": "raw", "offset": 1000, "file": {"driver": "memory", "size": 8 * MIB + 1000}}
+    async with serving(tree) as served:
+        client, model = await served.connect(mode=mode), bytearray(8 * MIB)
+        for _ in range(20):
+            length = source.randrange(64 * KIB, 2 * MIB)
+            offset, data = source.randrange(8 * MIB - length), source.randbytes(length)
+            await client.write(offset, data, source.choice([0, CommandFlag.FUA]))
+            model[offset : offset + length] = data
+            hole = source.randrange(7 * MIB)
+            assert not (await client.ask(Command.WRITE_ZEROES, hole, 100_000)).error
+            model[hole : hole + 100_000] = bytes(100_000)
+        assert await client.read(0, 8 * MIB) == model

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from pynbd.block.backend import BlockBackend
 from pynbd.block.driver import Preallocation
+from pynbd.block.permissions import Permission
 from pynbd.block.requests import RequestFlag
 from tests.storage.conftest import OpenDisk, opened
 
@@ -239,6 +240,54 @@ async def test_small_writes_in_place(kind: str, tmp_path: Path, open_disk: OpenD
             assert backend.size == size + 4
             await backend.read(size - 2, into)
             assert into.tobytes() == b"\0\0more"
+
+
+@pytest.mark.parametrize("kind", DISKS)
+async def test_memory_is_filled_in_place(kind: str, tmp_path: Path, open_disk: OpenDisk) -> None:
+    """Within the disk, and through users who may write; files are no memory."""
+
+    def fill(memory: memoryview) -> int:
+        memory[:4] = b"here"
+        return 4
+
+    async with open_disk(DISKS[kind](make_file(tmp_path))) as backend:
+        filled = backend.fill_now(5000, 10, fill)
+        assert filled == (4 if "memory" in kind else None)
+        assert backend.fill_now(backend.size - 2, 4, fill) is None
+        assert backend.fill_now(backend.size, 4, fill) is None
+        into = memoryview(bytearray(6))
+        await backend.read(4999, into)
+        assert into.tobytes() == (b"\0here\0" if filled else bytes(6))
+        assert backend.root is not None
+        backend.root.held &= ~Permission.WRITE
+        assert backend.fill_now(5000, 10, fill) is None
+
+
+async def test_memory_is_mapped_as_far_as_it_goes(open_disk: OpenDisk) -> None:
+    """After each new size of the disk; and not at all if it is longer than addresses are, or empty."""
+
+    def one(memory: memoryview) -> int:
+        memory[:1] = b"x"
+        return len(memory)
+
+    async with open_disk({"driver": "memory", "size": 0}) as backend:
+        for size in (5000, 3, 1 << 20, 0, 1 << 62, 10):
+            await backend.truncate(size)
+            last = max(size - 5, 0)
+            filled = backend.fill_now(last, min(size, 5), one) if size else None
+            assert filled == (min(size, 5) if 0 < size < 1 << 62 else None)
+            located = backend.locate(last, 5)
+            if filled:
+                assert located is not None
+                assert located.memory is not None
+                assert len(located.memory) == size
+                assert bytes(located.memory[last : last + 1]) == b"x"
+            else:
+                assert located is None or located.memory is None
+        await backend.node.path.write(10, memoryview(b"grown"), 0)
+        located = backend.locate(0, 15)
+        assert located is not None
+        assert (located.length, located.memory) == (15, None)
 
 
 @pytest.mark.parametrize("kind", ["memory", "file"])
