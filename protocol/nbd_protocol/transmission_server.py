@@ -108,13 +108,9 @@ class ServerTransmission:
         # The flag that says "a payload follows" exists only with extended headers.
         self._payload_flag = _PAYLOAD_LEN if self._extended else 0
         self._swallowing = 0
-        self._disconnected = False
-        self._failure: RemoteProtocolError | None = None
-
-    @property
-    def disconnected(self) -> bool:
+        self.disconnected = False
         """Whether the client has said DISC."""
-        return self._disconnected
+        self._failure: RemoteProtocolError | None = None
 
     def parse(self, data: memoryview, max_requests: int) -> Batch:
         """Find every request that is complete in `data`, in one pass.
@@ -129,9 +125,10 @@ class ServerTransmission:
         """
         if self._failure is not None:
             raise self._failure
-        if self._disconnected:
+        if self.disconnected:
             return Batch([], len(data))
-        data = data.toreadonly()
+        if not data.readonly:
+            data = data.toreadonly()
         position = self._swallow_some(len(data)) if self._swallowing else 0
         requests: list[Request] = []
         append = requests.append
@@ -182,7 +179,7 @@ class ServerTransmission:
         Returns the position to go on at, or the finished batch.
         """
         if request.type == _DISC:
-            self._disconnected = True
+            self.disconnected = True
             requests.append(request)
             return Batch(requests, len(data))
         if request.type == _WRITE:

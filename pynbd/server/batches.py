@@ -46,6 +46,7 @@ class Batches:
         wire: where the answers leave.
         begin: starts a request that can't be answered in place; False: not now, and no other one before it.
         refuse: answers a request with an error.
+        may_flush: whether requests may be held up for a flush they share; if not, each goes the long way.
         lost: called when the answers can't be sent.
     """
 
@@ -54,6 +55,7 @@ class Batches:
         "_backend",
         "_begin",
         "_lost",
+        "_may_flush",
         "_refuse",
         "_replies",
         "_rules",
@@ -68,8 +70,10 @@ class Batches:
         backend: BlockBackend,
         scratch: Scratch,
         wire: Wire,
+        *,
         begin: Callable[[Request], bool],
         refuse: Callable[[Request, tuple[Errno, str]], None],
+        may_flush: Callable[[], bool],
         lost: Callable[[OSError], None],
     ) -> None:
         self._rules = rules
@@ -79,16 +83,16 @@ class Batches:
         self._wire = wire
         self._begin = begin
         self._refuse = refuse
+        self._may_flush = may_flush
         self._lost = lost
         # Where holes can be told, larger reads ask for them first.
         self._asks_from = HOLE_READ_BYTES if replies.can_send_holes else INLINE_READ_BYTES + 1
 
-    def serve(self, requests: Sequence[Request], may_flush: bool, shutting_down: bool) -> tuple[int, list[Request]]:
+    def serve(self, requests: Sequence[Request], shutting_down: bool) -> tuple[int, list[Request]]:
         """Answer what can be answered without waiting, and begin the others, until the share of this turn is used up.
 
         Args:
             requests: their payloads lie in a buffer that is used again.
-            may_flush: whether requests may be held up for a flush they share; if not, each goes the long way.
             shutting_down: all are refused but DISC.
 
         Returns:
@@ -152,7 +156,7 @@ class Batches:
             elif (
                 request.type == WRITE
                 and length
-                and (may_flush or not (request.flags & COMMAND_FUA or write_through))
+                and (not (request.flags & COMMAND_FUA or write_through) or self._may_flush())
                 and request.payload is not None
                 and write_now(request.offset, request.payload)
             ):
@@ -164,7 +168,7 @@ class Batches:
                 written += 1
                 total_written += length
                 continue
-            elif request.type == FLUSH and may_flush:
+            elif request.type == FLUSH and self._may_flush():
                 durable.append(request)
                 continue
             if begun >= MAX_BATCH_BYTES or not begin(request):

@@ -110,7 +110,15 @@ class Connection:
         self.wire = make_wire(self)
         self._outstanding = outstanding = Outstanding(account, self.wire, in_flight, self._continue_soon)
         self._batches = Batches(
-            self.rules, replies, self.backend, scratch, self.wire, self._begin, self._refuse, self._lose
+            self.rules,
+            replies,
+            self.backend,
+            scratch,
+            self.wire,
+            begin=self._begin,
+            refuse=self._refuse,
+            may_flush=lambda: outstanding.may_begin_uncounted(MAX_BATCH_REQUESTS),
+            lost=self._lose,
         )
         self._spans = SpanReads(export, replies, warn, request_failed, outstanding.span_ended)
         self._late_reads = LateReads(export, account, replies, outstanding.request_ended, self._read_rest)
@@ -133,6 +141,7 @@ class Connection:
         self._continue_due = False
         self._blocked = False
         self._awaiting_budget = False
+        self._leaving = False  # for one of these reasons:
         self._ending = False
         self._lost = False
         self._closed = False
@@ -151,7 +160,7 @@ class Connection:
 
     def shut_down(self) -> None:
         """Answer whatever has begun, refuse what comes from now on, and close when nothing is left."""
-        self._shutting_down = True
+        self._leaving = self._shutting_down = True
         if self._waiting:
             self._continue_soon()  # to be refused, which needs no memory
         self._end_if_idle()
@@ -192,7 +201,7 @@ class Connection:
         """The client is gone: forget what it was owed."""
         if self._lost:
             return
-        self._lost = True
+        self._leaving = self._lost = True
         if problem is not None:
             log.info(
                 "%s: connection lost: %s",
@@ -215,7 +224,7 @@ class Connection:
 
     def _end(self) -> None:
         """The client will send nothing more: finish what it asked for."""
-        self._ending = True
+        self._leaving = self._ending = True
         self._drop_payload()
         self.wire.pause_reading()
         self._end_if_idle()
@@ -229,7 +238,7 @@ class Connection:
             self._outstanding.count()
 
     def _end_if_idle(self) -> None:
-        if not (self._ending or self._lost or self._shutting_down) or self._closed or self._in_batch:
+        if not self._leaving or self._closed or self._in_batch:
             return
         if self._outstanding.requests or (
             not self._lost and (self._waiting or self._out or self.wire.queued or self._more_in_tail)
@@ -267,7 +276,7 @@ class Connection:
             self._end()
             return
         self._tail = b""
-        self._parse(buffer[: start + received])
+        self._parse(self._scratch.arrived[: start + received])
 
     def _parse(self, data: memoryview) -> None:
         """Find the requests in what was received, and serve them; what is left is kept."""
@@ -277,17 +286,15 @@ class Connection:
             self.warn(str(problem))
             self._lose(None)
             return
-        rest = data[batch.consumed :]
-        partial = batch.partial
         self._serve(batch.requests)
         if self._lost:
             return
-        if partial is not None:
-            self._begin_payload(partial, rest)
+        if batch.partial is not None:
+            self._begin_payload(batch.partial, data[batch.consumed :])
             return
         self._receive_bytes = RECEIVE_BYTES
-        if len(rest):
-            self._tail = bytes(rest)
+        if batch.consumed < len(data):
+            self._tail = bytes(data[batch.consumed :])
             self._more_in_tail = not batch.needs_data
         else:
             self._more_in_tail = False
@@ -420,7 +427,7 @@ class Connection:
 
     def _serve(self, requests: Sequence[Request]) -> None:
         """Serve requests in one go; those beyond the connection's caps, or this turn's share, wait."""
-        if self._outstanding.owes_too_much():
+        if self.wire.unsent and self._outstanding.owes_too_much():
             self._put_aside(requests)
             self._block()
             return
@@ -443,8 +450,7 @@ class Connection:
             self._continue_soon()  # what stood in the way has ended within this very turn: nobody else would wake us
 
     def _serve_batch(self, requests: Sequence[Request]) -> None:
-        may_flush = self._outstanding.may_begin_uncounted(MAX_BATCH_REQUESTS)
-        served, durable = self._batches.serve(requests, may_flush, self._shutting_down)
+        served, durable = self._batches.serve(requests, self._shutting_down)
         if self._lost:
             return
         if served < len(requests):
@@ -564,7 +570,8 @@ class Connection:
                 self._lose(problem)
                 return
         self._outstanding.charge_unsent()
-        self._end_if_idle()
+        if self._leaving:
+            self._end_if_idle()
 
     def on_sent(self) -> None:
         """The queue got shorter, or a request has ended: what was put aside may go on."""

@@ -107,11 +107,12 @@ class Outstanding:
     def charge_unsent(self) -> None:
         """Count what the client has not taken yet against the connection's share of memory."""
         unsent = self._wire.unsent
-        if unsent > self._charged:
-            self._account.charge(unsent - self._charged)
-        elif unsent < self._charged:
-            self._account.give(self._charged - unsent)
-        self._charged = unsent
+        if unsent != self._charged:
+            if unsent > self._charged:
+                self._account.charge(unsent - self._charged)
+            else:
+                self._account.give(self._charged - unsent)
+            self._charged = unsent
         if self._part is not None:
             self.count()
 

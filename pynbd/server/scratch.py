@@ -24,6 +24,8 @@ class Scratch:
     def __init__(self) -> None:
         self.buffers = BufferPool()
         self.received = memoryview(bytearray(RECEIVE_BYTES + (128 << 10)))
+        self.arrived = self.received.toreadonly()
+        """The same, for those who only look."""
         # At the start of a page: the kernel copies several times slower to addresses that are odd multiples of 16.
         self.answers = anonymous_memory(ANSWERS_BYTES + MAX_BATCH_REQUESTS * ExtendedReplies.done_size)
         self.passing = anonymous_memory(PIECE_BYTES)

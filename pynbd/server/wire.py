@@ -115,6 +115,7 @@ class PlainWire:
             self._add_reader, self._remove_reader = loop.add_direct_reader, loop.remove_direct_reader
         self._sock = sock
         self._fd = sock.fileno()
+        self._recv_into, self._send = sock.recv_into, sock.send  # each is called for every batch
         self._on_readable = on_readable
         self._on_sent = on_sent
         self._on_lost = on_lost
@@ -129,7 +130,7 @@ class PlainWire:
 
     def receive_into(self, into: memoryview) -> int:
         try:
-            received = self._sock.recv_into(into)
+            received = self._recv_into(into)
         except (BlockingIOError, InterruptedError):
             return -1
         self.moved += received
@@ -152,7 +153,7 @@ class PlainWire:
         if not self._queue:
             # The usual case: one buffer with all answers of a wake-up, and the socket takes it whole.
             try:
-                sent = self._sock.send(view)
+                sent = self._send(view)
             except (BlockingIOError, InterruptedError):
                 sent = 0
             self.moved += sent
