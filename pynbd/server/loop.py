@@ -59,19 +59,22 @@ class ServingSelector(selectors.EpollSelector):
         if loop is None or (timeout is not None and timeout <= 0):
             return self._sorted(self._epoll.poll(0, MAX_EVENTS))
         ends = math.inf if timeout is None else perf_counter() + timeout
-        timer = loop.first_timer
+        timer, direct = loop.first_timer, self.direct
         while True:
             events = self._wait(ends)
-            others = self._sorted(events)
-            if others or not events or loop.is_wanted or loop.first_timer is not timer or perf_counter() >= ends:
+            if len(events) == 1 and events[0][1] == READABLE and events[0][0] in direct:
+                loop.call(direct[events[0][0]])
+            elif (others := self._sorted(events)) or not events:
                 return others
+            if loop.is_wanted(timer) or (timeout is not None and perf_counter() >= ends):
+                return []
 
     def _wait(self, ends: float) -> list[tuple[int, int]]:
         """The events that come up to a time; none if the time is over."""
         poll = self._epoll.poll
-        began = now = perf_counter()
+        now = perf_counter()
         if self.credit:
-            until = min(began + POLL_S, ends)
+            until = now + POLL_S if now + POLL_S < ends else ends
             while now < until:
                 if events := poll(0, MAX_EVENTS):
                     self.credit = MAX_CREDIT
@@ -118,10 +121,10 @@ class ServingLoop(asyncio.SelectorEventLoop):
         super().__init__(self._serving)
         self._serving.loop = self
 
-    @property
-    def is_wanted(self) -> bool:
-        """Whether the loop has something to call, or is to stop."""
-        return bool(self._ready) or self._stopping
+    def is_wanted(self, timer: object) -> bool:
+        """Whether the loop has something to call, or is to stop, or another timer than this one comes next."""
+        scheduled = self._scheduled
+        return bool(self._ready) or self._stopping or (scheduled[0] if scheduled else None) is not timer
 
     @property
     def has_one_client(self) -> bool:
