@@ -73,12 +73,13 @@ class ExportRules:
         self.max_payload: Final = max(max_payload, MAX_PAYLOAD_BYTES)
         self.mode: Final = mode
         self.context_ids: Final = frozenset(context_ids)
-        self._misaligned_bits = min_block - 1
-        self._read_only = bool(self.flags & TransmissionFlag.READ_ONLY)
+        self.misaligned_bits: Final = min_block - 1
+        """What an aligned offset or length has no bits of."""
+        self.writable: Final = not self.flags & TransmissionFlag.READ_ONLY
         self._allowed = {int(command): self._allowed_flags(command) for command in Command}
         # READ and WRITE without any of these bits, in range and aligned, need no further look.
         self._unusual_flags = {_READ: ~self._allowed[_READ]}
-        if not self._read_only:
+        if self.writable:
             self._unusual_flags[_WRITE] = ~self._allowed[_WRITE]
 
     def refusal(self, request: Request) -> Refusal | None:
@@ -93,7 +94,7 @@ class ExportRules:
             and not request.flags & unusual
             and 0 < length <= self.max_payload
             and request.offset + length <= self.size
-            and not (request.offset | length) & self._misaligned_bits
+            and not (request.offset | length) & self.misaligned_bits
             and request.refused is None
         ):
             return None
@@ -134,7 +135,7 @@ class ExportRules:
         if request.type not in self._allowed:
             return Errno.EINVAL, f"unknown command {request.type}"
         command = Command(request.type)
-        if self._read_only and command in _CHANGING:
+        if not self.writable and command in _CHANGING:
             return Errno.EPERM, f"{command.name} on a read-only export"
         needed = _ADVERTISED_BY.get(command)
         if needed is not None and not self.flags & needed:
@@ -161,7 +162,7 @@ class ExportRules:
             return error, f"{name} of {length} bytes at {offset} ends behind the export of {self.size} bytes"
         # The tail of an export whose size is no multiple of the block could not be reached otherwise.
         reaches_end = offset + length == self.size
-        if offset & self._misaligned_bits or (length & self._misaligned_bits and not reaches_end):
+        if offset & self.misaligned_bits or (length & self.misaligned_bits and not reaches_end):
             return (
                 Errno.EINVAL,
                 f"{name} of {length} bytes at {offset} is not aligned to blocks of {self.min_block} bytes",

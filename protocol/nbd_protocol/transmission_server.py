@@ -91,6 +91,10 @@ class ServerTransmission:
         max_payload: the longest WRITE that is served, in bytes; never less than 32 MiB.
         large_payload: a payload from this length up that is incomplete is left to the caller, in bytes.
 
+    Who deals with plain requests without making objects of them finds here how a header is taken apart: `unpack_from`
+    gives (magic, flags, type, cookie, offset, length) of the `header_size` bytes at a position, and `payload_flag` is
+    what a WRITE has among its flags. Only while nothing is being skipped (`swallowing` is 0).
+
     After DISC all further bytes are consumed and ignored. After a RemoteProtocolError every call raises it again.
     """
 
@@ -103,11 +107,12 @@ class ServerTransmission:
         self._extended = mode is ReplyMode.EXTENDED
         codec = EXTENDED_REQUEST_CODEC if self._extended else REQUEST_CODEC
         self.header_size: Final = codec.size
-        self._unpack_from = codec.struct.unpack_from
-        self._magic: int = codec.constants[0]
+        self.unpack_from: Final = codec.struct.unpack_from
+        self.magic: Final[int] = codec.constants[0]
         # The flag that says "a payload follows" exists only with extended headers.
-        self._payload_flag = _PAYLOAD_LEN if self._extended else 0
-        self._swallowing = 0
+        self.payload_flag: Final = _PAYLOAD_LEN if self._extended else 0
+        self.swallowing = 0
+        """Bytes that are to be skipped still."""
         self.disconnected = False
         """Whether the client has said DISC."""
         self._failure: RemoteProtocolError | None = None
@@ -129,12 +134,12 @@ class ServerTransmission:
             return Batch([], len(data))
         if not data.readonly:
             data = data.toreadonly()
-        position = self._swallow_some(len(data)) if self._swallowing else 0
+        position = self._swallow_some(len(data)) if self.swallowing else 0
         requests: list[Request] = []
         append = requests.append
-        unpack_from = self._unpack_from
-        expected_magic = self._magic
-        payload_flag = self._payload_flag
+        unpack_from = self.unpack_from
+        expected_magic = self.magic
+        payload_flag = self.payload_flag
         header_size = self.header_size
         max_payload = self.max_payload
         size = len(data)
@@ -171,7 +176,7 @@ class ServerTransmission:
         """
         if not 0 <= length <= self.max_payload:
             raise LocalProtocolError(f"cannot swallow {length} bytes, a payload has at most {self.max_payload}")
-        self._swallowing += length
+        self.swallowing += length
 
     def _parse_rarity(self, request: Request, data: memoryview, start: int, requests: list[Request]) -> int | Batch:
         """Deal with what is neither a plain request nor a WRITE that is all here; `start` is behind its header.
@@ -195,7 +200,7 @@ class ServerTransmission:
                 text = f"{refusal}; a payload of {request.length} bytes is too long to skip (at most {limit})"
                 return self._fail(requests, header_start, text)
             requests.append(msgspec.structs.replace(request, refused=Errno.EINVAL, reason=refusal))
-            self._swallowing = request.length
+            self.swallowing = request.length
             return start + self._swallow_some(len(data) - start)
         if len(data) - start < request.length:
             if request.length < self._large_payload:
@@ -223,8 +228,8 @@ class ServerTransmission:
         return ""
 
     def _swallow_some(self, available: int) -> int:
-        count = min(self._swallowing, available)
-        self._swallowing -= count
+        count = min(self.swallowing, available)
+        self.swallowing -= count
         return count
 
     def _fail(self, requests: list[Request], position: int, text: str) -> Batch:

@@ -6,6 +6,8 @@ are ready together.
 
 The ways of a request:
 
+    plain       small reads and writes without flags that need no waiting: no requests are even made of them
+                (`plain_requests.py`)
     located     a small read whose bytes lie in an open file: read in place into the buffer of answers (`batches.py`)
     in place    a small write that a driver can make without waiting; all those of a batch that must be durable share
                 one flush, with the FLUSHes of the batch (`batches.py`)
@@ -43,6 +45,7 @@ from pynbd.server.late_reads import LateReads
 from pynbd.server.limits import Pace
 from pynbd.server.outstanding import Outstanding
 from pynbd.server.payload import Payload
+from pynbd.server.plain_requests import PlainRequests
 from pynbd.server.scratch import INLINE_READ_BYTES, MAX_BATCH_REQUESTS, RECEIVE_BYTES, Scratch
 from pynbd.server.span_reads import SpanReads
 from pynbd.server.wire import Item, Wire, together
@@ -109,6 +112,10 @@ class Connection:
         request_failed = request_failed or warn
         self.wire = make_wire(self)
         self._outstanding = outstanding = Outstanding(account, self.wire, in_flight, self._continue_soon)
+        self._framing = ServerTransmission(ready.mode, max_payload=self.rules.max_payload)
+        self._plain = PlainRequests(
+            self._framing, self.rules, replies, self.backend, scratch, self.wire, lost=self._lose
+        )
         self._batches = Batches(
             self.rules,
             replies,
@@ -126,7 +133,6 @@ class Connection:
         self._coroutines = Coroutines(execution, replies, starter, account, scratch.buffers, peer, self._answer)
         self._pace = pace
         self._pace_timer: TimerHandle | None = None
-        self._framing = ServerTransmission(ready.mode, max_payload=self.rules.max_payload)
         self._starter = starter
         self._scratch = scratch
         self._on_closed = on_closed
@@ -276,12 +282,30 @@ class Connection:
             self._end()
             return
         self._tail = b""
-        self._parse(self._scratch.arrived[: start + received])
+        self._take(self._scratch.arrived[: start + received])
 
-    def _parse(self, data: memoryview) -> None:
-        """Find the requests in what was received, and serve them; what is left is kept."""
+    def _take(self, data: memoryview) -> None:
+        """Serve the requests in what was received; what is left is kept."""
+        served, wire = 0, self.wire
+        owed = wire.unsent
+        if self._pace is None and not (owed or self._framing.swallowing or self._leaving):
+            done, served = self._plain.serve(data)
+            if self._lost:
+                return
+            if done:
+                if wire.unsent:
+                    self._outstanding.charge_unsent()
+                if done == len(data):
+                    self._receive_bytes = RECEIVE_BYTES
+                    self._more_in_tail = False
+                    return
+                data = data[done:]
+        self._parse(data, MAX_BATCH_REQUESTS - served)
+
+    def _parse(self, data: memoryview, most: int) -> None:
+        """Make requests of what was received, at most so many, and serve them; what is left is kept."""
         try:
-            batch = self._framing.parse(data, MAX_BATCH_REQUESTS)
+            batch = self._framing.parse(data, most)
         except RemoteProtocolError as problem:
             self.warn(str(problem))
             self._lose(None)
@@ -412,7 +436,7 @@ class Connection:
         elif self._more_in_tail:
             tail = self._tail
             self._tail, self._more_in_tail = b"", False
-            self._parse(memoryview(tail))
+            self._take(memoryview(tail).toreadonly())
         if not self._outstanding.awaits_others:
             self._outstanding.leave_line()
         if self._lost or self._closed or self._blocked:
