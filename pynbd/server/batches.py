@@ -13,17 +13,8 @@ from nbd_protocol.constants import Command, CommandFlag, Errno
 from nbd_protocol.transmission import ExportRules, Replies, Request
 from pynbd.block.backend import BlockBackend
 from pynbd.block.statistics import Operation
-from pynbd.server.execution import HOLE_READ_BYTES
-from pynbd.server.scratch import ANSWERS_BYTES, INLINE_READ_BYTES, MAX_BATCH_BYTES, Scratch
-from pynbd.server.spans import is_whole
+from pynbd.server.scratch import ALIGNED_READ_BYTES, ANSWERS_BYTES, MAX_BATCH_BYTES, Scratch
 from pynbd.server.wire import Wire
-
-ALIGNED_READ_BYTES = 32 << 10
-ALIGNMENT = 64
-"""From that length on the data of a read begin at such an address: the kernel copies to others much slower."""
-
-MAPPED_READ_BYTES = 32 << 10
-"""From that length on bytes of a disk in memory are sent from where they lie."""
 
 SHUTTING_DOWN = (Errno.ESHUTDOWN, "the server is shutting down")
 
@@ -51,7 +42,6 @@ class Batches:
     """
 
     __slots__ = (
-        "_asks_from",
         "_backend",
         "_begin",
         "_lost",
@@ -85,8 +75,6 @@ class Batches:
         self._refuse = refuse
         self._may_flush = may_flush
         self._lost = lost
-        # Where holes can be told, larger reads ask for them first.
-        self._asks_from = HOLE_READ_BYTES if replies.can_send_holes else INLINE_READ_BYTES + 1
 
     def serve(self, requests: Sequence[Request], shutting_down: bool) -> tuple[int, list[Request]]:
         """Answer what can be answered without waiting, and begin the others, until the share of this turn is used up.
@@ -105,10 +93,8 @@ class Batches:
         answers = self._scratch.answers
         locate, preadv, write_now = self._backend.locate, os.preadv, self._backend.write_now
         write_through = not self._backend.write_cache
-        asks_from = self._asks_from
         durable: list[Request] = []
-        position = count = total = written = total_written = begun = part = 0
-        parts: list[memoryview] = []
+        position = count = total = written = total_written = begun = 0
         started = perf_counter_ns()
         served = len(requests)
         for index, request in enumerate(requests):
@@ -117,37 +103,19 @@ class Batches:
                 self._refuse(request, refused or SHUTTING_DOWN)
                 continue
             length = request.length
-            if request.type == READ and 0 < length <= INLINE_READ_BYTES:
+            if request.type == READ and 0 < length < ALIGNED_READ_BYTES:
                 located = locate(request.offset, length)
                 data = position + header
-                if length >= ALIGNED_READ_BYTES and data & (ALIGNMENT - 1):
-                    data += -data & (ALIGNMENT - 1)
                 end = data + length
-                if located is not None and located[2] == length and (length < asks_from or is_whole(located)):
+                if located is not None and located[2] == length:
                     if end > ANSWERS_BYTES:
                         served = index
                         break
-                    memory = located[4] if length >= MAPPED_READ_BYTES else None
-                    if memory is not None and (length >= asks_from or is_whole(located)):
-                        if total >= MAX_BATCH_BYTES:
-                            served = index
-                            break
-                        pack(answers, position, request.cookie, request.offset, length)
-                        position += header
-                        parts += (answers[part:position], memory[located[1] : located[1] + length])
-                        part = position
-                        count += 1
-                        total += length
-                        continue
                     try:
                         got = preadv(located[0], [answers[data:end]], located[1], located[3])
                     except OSError:
                         got = -1  # not in memory, or failed: either way it takes the long way
                     if got == length:
-                        if position + header != data:
-                            if position > part:
-                                parts.append(answers[part:position])
-                            part = position = data - header
                         pack(answers, position, request.cookie, request.offset, length)
                         position = end
                         count += 1
@@ -182,12 +150,7 @@ class Batches:
             self._backend.statistics.account(Operation.READ, count, total, perf_counter_ns() - started)
         if position:
             try:
-                if part:
-                    if position > part:
-                        parts.append(answers[part:position])
-                    self._wire.send_borrowed_parts(parts)
-                else:
-                    self._wire.send_borrowed(answers[:position])
+                self._wire.send_borrowed(answers[:position])
             except OSError as problem:
                 self._lost(problem)
         return served, durable

@@ -288,7 +288,11 @@ class Connection:
         """Serve the requests in what was received; what is left is kept."""
         served, wire = 0, self.wire
         owed = wire.unsent
-        if self._pace is None and not (owed or self._framing.swallowing or self._leaving):
+        if (
+            self._pace is None
+            and not (self._framing.swallowing or self._leaving)
+            and not (owed and self._outstanding.owes_too_much())
+        ):
             done, served = self._plain.serve(data)
             if self._lost:
                 return

@@ -14,8 +14,17 @@ from nbd_protocol.constants import Command
 from nbd_protocol.transmission import ExportRules, Replies, ServerTransmission
 from pynbd.block.backend import BlockBackend
 from pynbd.block.statistics import Operation
-from pynbd.server.batches import ALIGNED_READ_BYTES
-from pynbd.server.scratch import ANSWERS_BYTES, MAX_BATCH_REQUESTS, Scratch
+from pynbd.server.execution import HOLE_READ_BYTES
+from pynbd.server.scratch import (
+    ALIGNED_READ_BYTES,
+    ALIGNMENT,
+    ANSWERS_BYTES,
+    INLINE_READ_BYTES,
+    MAX_BATCH_BYTES,
+    MAX_BATCH_REQUESTS,
+    Scratch,
+)
+from pynbd.server.spans import is_whole
 from pynbd.server.wire import Wire
 
 # Plain integers: what an IntFlag costs in an expression is more than the rest of a small request.
@@ -38,7 +47,7 @@ class PlainRequests:
         lost: called when the answers can't be sent.
     """
 
-    __slots__ = ("_backend", "_framing", "_lost", "_replies", "_rules", "_scratch", "_wire")
+    __slots__ = ("_asks_from", "_backend", "_framing", "_lost", "_replies", "_rules", "_scratch", "_wire")
 
     def __init__(
         self,
@@ -57,6 +66,8 @@ class PlainRequests:
         self._scratch = scratch
         self._wire = wire
         self._lost = lost
+        # Where holes can be told, larger reads ask for them first.
+        self._asks_from = HOLE_READ_BYTES if replies.can_send_holes else INLINE_READ_BYTES + 1
 
     def serve(self, data: memoryview) -> tuple[int, int]:
         """Answer the plain requests at the beginning of what was received.
@@ -80,7 +91,8 @@ class PlainRequests:
         # With extended headers a payload is announced by a flag.
         write_flags = framing.payload_flag if rules.writable and backend.write_cache else -1
         locate, preadv, write_now, answers = backend.locate, os.preadv, backend.write_now, self._scratch.answers
-        done = position = reads = read_bytes = writes = written_bytes = 0
+        parts: list[memoryview] = []
+        done = position = part = reads = read_bytes = writes = written_bytes = 0
         received = len(data)
         last = received - request_size
         left = MAX_BATCH_REQUESTS
@@ -89,11 +101,28 @@ class PlainRequests:
             found, flags, kind, cookie, offset, length = unpack_from(data, done)
             if found != magic or length <= 0 or (offset | length) & misaligned_bits or offset + length > size:
                 break
-            if kind == READ and not flags and length < ALIGNED_READ_BYTES:
+            if kind == READ and not flags and length <= INLINE_READ_BYTES:
                 located = locate(offset, length)
                 if located is None or located[2] != length:
                     break
                 start = position + header
+                if length >= ALIGNED_READ_BYTES:
+                    memory = located[4]
+                    if (memory is not None or length >= self._asks_from) and not is_whole(located):
+                        break
+                    if memory is not None:
+                        if read_bytes >= MAX_BATCH_BYTES:
+                            left = 0
+                            break
+                        pack(answers, position, cookie, offset, length)
+                        parts += (answers[part:start], memory[located[1] : located[1] + length])
+                        part = position = start
+                        reads += 1
+                        read_bytes += length
+                        done += request_size
+                        left -= 1
+                        continue
+                    start += -start % ALIGNMENT
                 end = start + length
                 if end > ANSWERS_BYTES:
                     left = 0
@@ -103,6 +132,10 @@ class PlainRequests:
                         break
                 except OSError:
                     break  # not in memory, or failed
+                if position + header != start:
+                    if position > part:
+                        parts.append(answers[part:position])
+                    part = position = start - header
                 pack(answers, position, cookie, offset, length)
                 position = end
                 reads += 1
@@ -129,7 +162,12 @@ class PlainRequests:
         if reads:
             backend.statistics.account(OPERATION_READ, reads, read_bytes, took_ns)
         try:
-            self._wire.send_borrowed(answers[:position])
+            if parts or part:
+                if position > part:
+                    parts.append(answers[part:position])
+                self._wire.send_borrowed_parts(parts)
+            else:
+                self._wire.send_borrowed(answers[:position])
         except OSError as problem:
             self._lost(problem)
         return done, MAX_BATCH_REQUESTS - left

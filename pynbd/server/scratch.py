@@ -10,6 +10,11 @@ RECEIVE_BYTES = 256 << 10
 INLINE_READ_BYTES = 64 << 10
 """Located reads up to this length are copied into the buffer of answers; longer ones are sent from the file."""
 
+ALIGNED_READ_BYTES = 32 << 10
+ALIGNMENT = 64
+"""From that length on the data of a read begin at such an address in the buffer: the kernel copies to others much
+slower. Those of a disk in memory are sent from where they lie."""
+
 MAX_BATCH_REQUESTS = 64
 MAX_BATCH_BYTES = 1 << 20
 """What one wake-up serves of one connection, before the others have their turn."""
