@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import os
 import random
 import socket
 
@@ -15,6 +16,7 @@ from pynbd.server import payload as payload_module
 from pynbd.server.budget import OVERDRAFT_BYTES, PayloadBudget
 from pynbd.server.buffers import BufferPool
 from pynbd.server.payload import PAYLOAD_STEP_BYTES, Payload
+from pynbd.storage.memory import Memory
 from tests.server.clients import LIMIT_S, MODES, serving, the_connection, write
 from tests.server.held import HELD, Held, held
 
@@ -202,6 +204,29 @@ async def test_a_payload_that_can_not_go_on_in_memory_is_received_and_written(wh
         assert backend.statistics.operations[Operation.WRITE] == 1
         assert backend.statistics.bytes[Operation.WRITE] == len(payload)
         assert not served.server.budget.taken
+
+
+async def test_memory_that_can_not_be_had_ends_no_program() -> None:
+    """The kernel has no page to receive into: it tells who receives. Who looked at the memory would be ended."""
+    payload = random.Random(7).randbytes(3 * MIB)
+    async with serving({"driver": "memory", "size": 8 * MIB}) as served:
+        client = await served.connect()
+        cookie, buffers = client.prepared(*write(MIB, payload))
+        sent = b"".join(buffers)
+        await client.send_bytes(sent[:MIB])
+        connection = the_connection(served)
+        memory = served.node().driver
+        assert isinstance(memory, Memory)
+        async with asyncio.timeout(LIMIT_S):
+            while connection._payload is None or connection._payload.filled < MIB - 100:
+                await asyncio.sleep(0)
+        placed = connection._payload.placed
+        assert placed == connection._payload.filled
+        os.ftruncate(memory._fd, MIB)  # behind everybody's back
+        await client.send_bytes(sent[MIB:])
+        assert not (await client.reply(cookie)).error
+        os.ftruncate(memory._fd, 8 * MIB)
+        assert await client.read(MIB + placed, len(payload) - placed) == payload[placed:]
 
 
 async def test_a_client_that_is_lost_while_its_payload_goes_into_memory() -> None:
