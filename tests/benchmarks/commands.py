@@ -83,6 +83,7 @@ class ImgCommand:
         disk_bytes = _disk_bytes(files, self) if self.of_data else None
         files.output.unlink(missing_ok=True)
         if disk_bytes is not None:
+            os.sync()  # or it pays for what the one before it has left to be written
             touch_memory(disk_bytes // 2)  # of none of the disks more than that is written
         elapsed_s, cpu_s = _timed(command, tool.environment)
         return Sample(
