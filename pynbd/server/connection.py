@@ -114,7 +114,14 @@ class Connection:
         self._outstanding = outstanding = Outstanding(account, self.wire, in_flight, self._continue_soon)
         self._framing = ServerTransmission(ready.mode, max_payload=self.rules.max_payload)
         self._plain = PlainRequests(
-            self._framing, self.rules, replies, self.backend, scratch, self.wire, lost=self._lose
+            self._framing,
+            self.rules,
+            replies,
+            self.backend,
+            scratch,
+            self.wire,
+            stay=export.located_for_good,
+            lost=self._lose,
         )
         self._batches = Batches(
             self.rules,

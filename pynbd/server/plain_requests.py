@@ -13,19 +13,21 @@ from time import perf_counter_ns
 from nbd_protocol.constants import Command
 from nbd_protocol.transmission import ExportRules, Replies, ServerTransmission
 from pynbd.block.backend import BlockBackend
+from pynbd.block.driver import Location
 from pynbd.block.statistics import Operation
 from pynbd.server.execution import HOLE_READ_BYTES
 from pynbd.server.scratch import (
     ALIGNED_READ_BYTES,
     ALIGNMENT,
-    ANSWERS_BYTES,
     INLINE_READ_BYTES,
     MAX_BATCH_BYTES,
     MAX_BATCH_REQUESTS,
+    SENT_FROM_FILE_BYTES,
     Scratch,
 )
 from pynbd.server.spans import is_whole
 from pynbd.server.wire import Wire
+from pynbd.storage import linux
 
 # Plain integers: what an IntFlag costs in an expression is more than the rest of a small request.
 READ = int(Command.READ)
@@ -44,10 +46,11 @@ class PlainRequests:
         backend: what is read and written.
         scratch: the loop's buffers.
         wire: where the answers leave.
+        stay: whether bytes stay where `locate` says they are.
         lost: called when the answers can't be sent.
     """
 
-    __slots__ = ("_asks_from", "_backend", "_framing", "_lost", "_replies", "_rules", "_scratch", "_wire")
+    __slots__ = ("_asks_from", "_backend", "_framing", "_lost", "_replies", "_rules", "_scratch", "_stay", "_wire")
 
     def __init__(
         self,
@@ -57,6 +60,8 @@ class PlainRequests:
         backend: BlockBackend,
         scratch: Scratch,
         wire: Wire,
+        *,
+        stay: Callable[[], bool],
         lost: Callable[[OSError], None],
     ) -> None:
         self._framing = framing
@@ -65,6 +70,7 @@ class PlainRequests:
         self._backend = backend
         self._scratch = scratch
         self._wire = wire
+        self._stay = stay
         self._lost = lost
         # Where holes can be told, larger reads ask for them first.
         self._asks_from = HOLE_READ_BYTES if replies.can_send_holes else INLINE_READ_BYTES + 1
@@ -105,39 +111,24 @@ class PlainRequests:
                 located = locate(offset, length)
                 if located is None or located[2] != length:
                     break
-                start = position + header
-                if length >= ALIGNED_READ_BYTES:
-                    memory = located[4]
-                    if (memory is not None or length >= self._asks_from) and not is_whole(located):
-                        break
-                    if memory is not None:
-                        if read_bytes >= MAX_BATCH_BYTES:
-                            left = 0
-                            break
-                        pack(answers, position, cookie, offset, length)
-                        parts += (answers[part:start], memory[located[1] : located[1] + length])
-                        part = position = start
-                        reads += 1
-                        read_bytes += length
-                        done += request_size
-                        left -= 1
-                        continue
-                    start += -start % ALIGNMENT
-                end = start + length
-                if end > ANSWERS_BYTES:
+                if read_bytes >= MAX_BATCH_BYTES:
                     left = 0
                     break
-                try:
-                    if preadv(located[0], [answers[start:end]], located[1], located[3]) != length:
+                if length < ALIGNED_READ_BYTES:
+                    start = position + header
+                    end = start + length
+                    try:
+                        if preadv(located[0], [answers[start:end]], located[1], located[3]) != length:
+                            break
+                    except OSError:
+                        break  # not in memory, or failed
+                    pack(answers, position, cookie, offset, length)
+                    position = end
+                else:
+                    went = self._answer_longer(located, cookie, offset, position, part, parts)
+                    if went is None:
                         break
-                except OSError:
-                    break  # not in memory, or failed
-                if position + header != start:
-                    if position > part:
-                        parts.append(answers[part:position])
-                    part = position = start - header
-                pack(answers, position, cookie, offset, length)
-                position = end
+                    position, part = went
                 reads += 1
                 read_bytes += length
                 done += request_size
@@ -166,8 +157,67 @@ class PlainRequests:
                 if position > part:
                     parts.append(answers[part:position])
                 self._wire.send_borrowed_parts(parts)
-            else:
+            elif position:  # if not, all was sent with bytes of files
                 self._wire.send_borrowed(answers[:position])
         except OSError as problem:
             self._lost(problem)
         return done, MAX_BATCH_REQUESTS - left
+
+    def _answer_longer(
+        self, located: Location, cookie: int, offset: int, position: int, part: int, parts: list[memoryview]
+    ) -> tuple[int, int] | None:
+        """Answer a read of `ALIGNED_READ_BYTES` or more.
+
+        Args:
+            located: where its bytes lie.
+            cookie, offset: of the request.
+            position: where in the buffer its answer may begin.
+            part: where in it begins what is in no part yet.
+            parts: what is to be sent before that.
+
+        Returns:
+            the next position and part; None if it was not answered.
+        """
+        replies, answers, length, memory = self._replies, self._scratch.answers, located.length, located.memory
+        if (memory is not None or length >= self._asks_from) and not is_whole(located):
+            return None
+        start = position + replies.read_header_size
+        if memory is not None:
+            replies.pack_read_header(answers, position, cookie, offset, length)
+            parts += (answers[part:start], memory[located.host_offset : located.host_offset + length])
+            return start, start
+        if length >= SENT_FROM_FILE_BYTES and not part and self._may_send(located):
+            replies.pack_read_header(answers, position, cookie, offset, length)
+            try:
+                self._wire.send_with_file(answers[:start], located.fd, located.host_offset, length)
+            except OSError as problem:
+                self._lost(problem)
+                return None
+            return 0, 0
+        start += -start % ALIGNMENT
+        end = start + length
+        try:
+            if os.preadv(located.fd, [answers[start:end]], located.host_offset, located.flags) != length:
+                return None
+        except OSError:
+            return None
+        header = start - replies.read_header_size
+        if header != position:
+            if position > part:
+                parts.append(answers[part:position])
+            part = header
+        replies.pack_read_header(answers, header, cookie, offset, length)
+        return end, part
+
+    def _may_send(self, located: Location) -> bool:
+        """Whether bytes are to be sent from their file: they stay there, nobody has to wait for them, and the client
+        keeps up.
+        """
+        try:
+            return (
+                self._stay()
+                and not self._wire.copies_files()
+                and linux.readable_at_once(located.fd, located.host_offset, located.length)
+            )
+        except OSError:
+            return False

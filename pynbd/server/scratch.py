@@ -15,6 +15,9 @@ ALIGNMENT = 64
 """From that length on the data of a read begin at such an address in the buffer: the kernel copies to others much
 slower. Those of a disk in memory are sent from where they lie."""
 
+SENT_FROM_FILE_BYTES = 64 << 10
+"""From that length on they are sent from the page cache, as long as the client keeps up with it."""
+
 MAX_BATCH_REQUESTS = 64
 MAX_BATCH_BYTES = 1 << 20
 """What one wake-up serves of one connection, before the others have their turn."""

@@ -35,6 +35,9 @@ class TlsWire(PlainWire):
         super().__init__(loop, sock, on_readable, on_sent, on_lost, passing)
         self._call_due = False
 
+    def copies_files(self) -> bool:
+        return True
+
     def _send_from_file(self, fd: int, offset: int, length: int) -> int:
         if self._sock.begun:
             return self._sock.send_begun()

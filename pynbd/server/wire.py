@@ -3,6 +3,7 @@
 A wire never waits: what can't be sent at once is queued, and goes on when the socket takes more.
 """
 
+import contextlib
 import errno
 import os
 import socket
@@ -72,6 +73,16 @@ class Wire(Protocol):
 
     def send_borrowed_parts(self, parts: list[memoryview]) -> None:
         """As `send_borrowed`, for several buffers."""
+
+    def copies_files(self) -> bool:
+        """Whether bytes of a file had better be read here and sent: the peer is behind, or can't be sent files."""
+
+    def send_with_file(self, view: memoryview, fd: int, offset: int, length: int) -> None:
+        """As `send_borrowed`, and then bytes of a file, which are in memory.
+
+        Raises:
+            OSError: the connection is lost; or EIO, the file has not so many bytes any more.
+        """
 
     def pause_reading(self) -> None:
         """Do not call `on_readable` until `resume_reading`."""
@@ -179,6 +190,27 @@ class PlainWire:
                 self.unsent += len(part) - sent
             sent = max(sent - len(part), 0)
         self._watch()
+
+    def copies_files(self) -> bool:
+        return bool(self._queue) or not self._is_unix or linux.unfetched_bytes(self._fd) > BEHIND_BYTES
+
+    def send_with_file(self, view: memoryview, fd: int, offset: int, length: int) -> None:
+        self.send_borrowed(view)
+        end = offset + length
+        with contextlib.suppress(BlockingIOError, InterruptedError):
+            while offset < end and not self._queue and not self._closed:
+                sent = os.sendfile(self._fd, fd, offset, end - offset)
+                if not sent:
+                    raise OSError(errno.EIO, f"the file ends at offset {offset}")
+                self.moved += sent
+                offset += sent
+        if offset < end and not self._closed:
+            rest = os.pread(fd, end - offset, offset)
+            if len(rest) < end - offset:
+                raise OSError(errno.EIO, f"the file ends at offset {offset + len(rest)}")
+            self._queue.append(rest)
+            self.unsent += len(rest)
+            self._watch()
 
     def _watch(self) -> None:
         if self._queue and not self._writing:

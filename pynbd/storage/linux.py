@@ -9,6 +9,7 @@ import fcntl
 import os
 import struct
 import sys
+import threading
 from functools import cache
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -74,6 +75,10 @@ class _Libc:
     def buffer(self, length: int) -> "ctypes.Array[ctypes.c_char]":
         """Memory that the kernel fills."""
         return self._ctypes.create_string_buffer(length)
+
+    def words(self, count: int) -> "ctypes.Array[ctypes.c_uint64]":
+        """Memory of so many words of 64 bits."""
+        return (self._ctypes.c_uint64 * count)()
 
     def integers(self, *values: int) -> "tuple[ctypes.c_long, ...]":
         """Arguments of a system call."""
@@ -268,7 +273,7 @@ def direct_alignment(fd: int) -> DirectAlignment | None:
     return DirectAlignment(memory, offset)
 
 
-CACHESTAT_BYTES = 5 * 8
+CACHESTAT_WORDS = 5
 """struct cachestat: pages that are cached, dirty, being written, evicted, and evicted lately."""
 
 PAGE_BYTES = os.sysconf("SC_PAGESIZE")
@@ -276,10 +281,33 @@ PROBE_BYTES = 128 << 10
 """How much the kernel reads ahead at a time, unless the device says otherwise."""
 
 
-class _Cachestats:
-    """cachestat(2), until the kernel says that it has none."""
+class _Cachestat(threading.local):
+    """cachestat(2), with memory for its arguments that each thread uses again and again."""
 
-    available = True
+    def __init__(self) -> None:
+        libc = _libc()
+        self._wanted, self._found = libc.words(2), libc.words(CACHESTAT_WORDS)
+        self._number, self._none = libc.integers(SYS_CACHESTAT, 0)
+        self._syscall = libc.syscall
+
+    def pages(self, fd: int, offset: int, length: int) -> int | None:
+        """How many pages of a range are in the page cache; None where the kernel (or the file) can't tell."""
+        wanted = self._wanted
+        wanted[0], wanted[1] = offset, length
+        if self._syscall(self._number, fd, wanted, self._found, self._none) != 0:
+            return None
+        return int(self._found[0])
+
+
+@cache
+def _cachestat() -> _Cachestat | None:
+    """None where there is no such call."""
+    if _libc().syscall(*_libc().integers(SYS_CACHESTAT, -1, 0, 0, 0)) and _libc().errno() in (
+        errno.ENOSYS,
+        errno.EPERM,
+    ):
+        return None
+    return _Cachestat()
 
 
 def resident_bytes(fd: int, offset: int, length: int) -> int | None:
@@ -289,18 +317,12 @@ def resident_bytes(fd: int, offset: int, length: int) -> int | None:
         `length` if every page that the range touches is there, and less otherwise: what is surely there. None where
         the kernel (or the file) can't tell.
     """
-    if not _Cachestats.available:
+    call = _cachestat()
+    cached = call.pages(fd, offset, length) if call is not None else None
+    if cached is None:
         return None
-    libc = _libc()
-    wanted, found = struct.pack("QQ", offset, length), libc.buffer(CACHESTAT_BYTES)
-    number, file, flags = libc.integers(SYS_CACHESTAT, fd, 0)
-    if libc.syscall(number, file, wanted, found, flags) != 0:
-        if libc.errno() in (errno.ENOSYS, errno.EPERM):
-            _Cachestats.available = False
-        return None
-    (cached,) = struct.unpack_from("Q", found.raw)
     touched = (offset + length - 1) // PAGE_BYTES - offset // PAGE_BYTES + 1
-    return max(length - (touched - int(cached)) * PAGE_BYTES, 0)
+    return max(length - (touched - cached) * PAGE_BYTES, 0)
 
 
 def readable_at_once(fd: int, offset: int, length: int) -> bool:
