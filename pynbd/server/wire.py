@@ -175,12 +175,15 @@ class PlainWire:
         self._watch()
 
     def send_borrowed_parts(self, parts: list[memoryview]) -> None:
+        self._send_borrowed(parts, 0)
+
+    def _send_borrowed(self, parts: list[memoryview], flags: int) -> None:
         if self._closed:
             return
         sent = 0
         if not self._queue:
             try:
-                sent = self._sock.sendmsg(parts)
+                sent = self._sock.sendmsg(parts, (), flags)
             except (BlockingIOError, InterruptedError):
                 sent = 0
             self.moved += sent
@@ -192,11 +195,11 @@ class PlainWire:
         self._watch()
 
     def copies_files(self) -> bool:
-        return bool(self._queue) or not self._is_unix or linux.unfetched_bytes(self._fd) > BEHIND_BYTES
+        return bool(self._queue) or (self._is_unix and linux.unfetched_bytes(self._fd) > BEHIND_BYTES)
 
     def send_with_file(self, view: memoryview, fd: int, offset: int, length: int) -> None:
-        self.send_borrowed(view)
         end = offset + length
+        self._send_borrowed([view], socket.MSG_MORE)
         with contextlib.suppress(BlockingIOError, InterruptedError):
             while offset < end and not self._queue and not self._closed:
                 sent = os.sendfile(self._fd, fd, offset, end - offset)

@@ -1,6 +1,7 @@
 """Requests of which nothing need be said: answered without objects; what is anything else is left to others."""
 
 import asyncio
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from nbd_protocol.constants import Command, CommandFlag, Errno, ReplyMode
 from nbd_protocol.transmission import ServerTransmission
 from pynbd.block.statistics import Operation
+from pynbd.server.export import Export
 from pynbd.server.scratch import INLINE_READ_BYTES, MAX_BATCH_REQUESTS
 from tests.server.clients import LIMIT_S, MODES, Served, send_together, serving, the_connection, write
 from tests.server.held import HELD, held
@@ -158,3 +160,23 @@ async def test_a_client_that_is_gone_when_it_is_answered() -> None:
         async with asyncio.timeout(LIMIT_S):
             await served.until_gone()
         assert not served.server.budget.taken
+
+
+@pytest.mark.parametrize("stays", [True, False])
+async def test_what_may_move_is_copied(stays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client has bytes that were sent from a file when it fetches them; others may lie there by then."""
+    file = tmp_path / "disk"
+    file.write_bytes(random.Random(1).randbytes(MIB))
+    sent: list[int] = []
+    sendfile = os.sendfile
+
+    def counting(out: int, fd: int, offset: int, count: int) -> int:
+        sent.append(count)
+        return sendfile(out, fd, offset, count)
+
+    monkeypatch.setattr(os, "sendfile", counting)
+    monkeypatch.setattr(Export, "located_for_good", lambda _: stays)
+    async with serving({"driver": "file", "filename": str(file)}) as served:
+        client = await served.connect()
+        assert await client.read(64 * KIB, 64 * KIB) == file.read_bytes()[64 * KIB : 128 * KIB]
+    assert sent == ([64 * KIB] if stays else [])

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import random
 import socket
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from pynbd.server import wire as wire_module
 from pynbd.server.spans import FileSpan, SpanFile
-from pynbd.server.wire import PIECE_BYTES, Item, PlainWire, together, tune
+from pynbd.server.wire import BEHIND_BYTES, PIECE_BYTES, Item, PlainWire, together, tune
 from tests.server.clients import LIMIT_S, open_descriptors
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -114,6 +115,12 @@ async def test_all_bytes_arrive_in_order(seed: int, file: Path) -> None:
                 parts = zip([0, *cuts], [*cuts, size], strict=True)
                 end.wire.send_borrowed_parts([memoryview(borrowed)[start:stop] for start, stop in parts])
             borrowed[:] = bytes(len(borrowed))  # it is used for something else at once
+            if source.random() < 0.5:
+                length = source.choice([1, 64 * KIB, source.randint(1, 300 * KIB)])
+                offset = source.randrange(len(content) - length)
+                header = source.randbytes(30)
+                end.wire.send_with_file(memoryview(bytearray(header)), opened.fileno(), offset, length)
+                expected += header + content[offset : offset + length]
             assert end.wire.unsent >= 0
             await asyncio.sleep(0)
         assert await end.receive(len(expected)) == expected
@@ -122,6 +129,27 @@ async def test_all_bytes_arrive_in_order(seed: int, file: Path) -> None:
         assert end.wire.moved == len(expected)
         assert problems == [None] * len(problems)
         assert not end.lost
+
+
+@pytest.mark.parametrize("queued", [False, True])
+async def test_a_file_that_is_shorter_than_was_promised(queued: bool, file: Path) -> None:
+    """The header is out, so that only the end of the connection can tell."""
+    with wired(buffer_bytes=4096 if queued else 0) as end, file.open("rb") as opened:
+        with pytest.raises(OSError, match=f"the file ends at offset {3 * MIB}") as caught:
+            end.wire.send_with_file(memoryview(b"header"), opened.fileno(), 3 * MIB - 100_000, 100_001)
+        assert caught.value.errno == errno.EIO
+
+
+async def test_files_are_copied_for_who_is_behind(file: Path) -> None:
+    with wired(buffer_bytes=2 * MIB) as end, file.open("rb") as opened:
+        assert not end.wire.copies_files()
+        end.wire.send_with_file(memoryview(b"header"), opened.fileno(), 0, BEHIND_BYTES)
+        assert end.wire.copies_files()
+        await end.receive(6 + BEHIND_BYTES)
+        assert not end.wire.copies_files()
+        end.wire.send([bytes(8 * MIB)])
+        assert end.wire.queued
+        assert end.wire.copies_files()
 
 
 async def until_sent(end: End) -> None:
