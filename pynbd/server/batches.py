@@ -1,8 +1,8 @@
 """`Batches`: requests that have arrived together, and what of them is answered at once.
 
 Whatever needs no waiting is done in place: small reads whose bytes lie in an open file, and small writes that a driver
-can make so. Their answers are in one buffer, and leave in one send. This is the hottest code of the server: what it
-needs for each request are local names.
+can make so. Their answers are in one buffer, and leave in one send. What comes here is what `plain_requests.py` leaves:
+requests with flags, those behind them, and all of clients whose rates are limited.
 """
 
 import os

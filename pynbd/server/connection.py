@@ -6,11 +6,11 @@ are ready together.
 
 The ways of a request:
 
-    plain       small reads and writes without flags that need no waiting: no requests are even made of them
+    plain       a read of up to 64 KiB or a write, without flags, that needs no waiting: no request is even made of it
                 (`plain_requests.py`)
-    located     a small read whose bytes lie in an open file: read in place into the buffer of answers (`batches.py`)
-    in place    a small write that a driver can make without waiting; all those of a batch that must be durable share
-                one flush, with the FLUSHes of the batch (`batches.py`)
+    located     a small read behind one that was not plain: read in place into the buffer of answers (`batches.py`)
+    in place    a write that a driver can make without waiting; all those of a batch that must be durable share one
+                flush, with the FLUSHes of the batch (`batches.py`)
     span        a large read of bytes that never move and are in the page cache: sent from there (`span_reads.py`)
     late        a large read of bytes that may move: looked up piece by piece when they are sent (`late_reads.py`)
     parts       a large write, made as its payload arrives (`payload.py`)

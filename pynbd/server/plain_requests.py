@@ -4,6 +4,8 @@ These are short reads whose bytes lie in an open file and are in memory, and wri
 in place: nearly all that a busy client asks for. What costs them most is what is done for each of them, so here
 nothing is: no object is made of a request, and nobody is asked whether it may be refused. The first one that is
 anything else ends the loop, and `ServerTransmission` and `Batches` go on from there.
+
+This is the hottest code of the server: what it needs for each request are local names.
 """
 
 import os
@@ -211,11 +213,12 @@ class PlainRequests:
 
     def _may_send(self, located: Location) -> bool:
         """Whether bytes are to be sent from their file: they stay there, nobody has to wait for them, and the client
-        keeps up.
+        keeps up. Files in memory are copied: whether they can be sent is not known.
         """
         try:
             return (
-                self._stay()
+                bool(located.flags)
+                and self._stay()
                 and not self._wire.copies_files()
                 and linux.readable_at_once(located.fd, located.host_offset, located.length)
             )

@@ -3,7 +3,6 @@
 A wire never waits: what can't be sent at once is queued, and goes on when the socket takes more.
 """
 
-import contextlib
 import errno
 import os
 import socket
@@ -200,13 +199,17 @@ class PlainWire:
     def send_with_file(self, view: memoryview, fd: int, offset: int, length: int) -> None:
         end = offset + length
         self._send_borrowed([view], socket.MSG_MORE)
-        with contextlib.suppress(BlockingIOError, InterruptedError):
+        try:
             while offset < end and not self._queue and not self._closed:
                 sent = os.sendfile(self._fd, fd, offset, end - offset)
                 if not sent:
-                    raise OSError(errno.EIO, f"the file ends at offset {offset}")
+                    break
                 self.moved += sent
                 offset += sent
+        except (BrokenPipeError, ConnectionResetError):
+            raise
+        except OSError:
+            pass  # the socket is full, or this file can't be sent so: the rest is copied
         if offset < end and not self._closed:
             rest = os.pread(fd, end - offset, offset)
             if len(rest) < end - offset:

@@ -5,20 +5,24 @@ import errno
 import os
 import random
 import socket
+from pathlib import Path
 
 import pytest
 
 from nbd_protocol.constants import Command, CommandFlag, ReplyMode
 from nbd_protocol.transmission import Request
 from pynbd.block.bitmaps import DirtyBitmap
+from pynbd.block.driver import Filler
 from pynbd.block.statistics import Operation
 from pynbd.server import payload as payload_module
 from pynbd.server.budget import OVERDRAFT_BYTES, PayloadBudget
 from pynbd.server.buffers import BufferPool
 from pynbd.server.payload import PAYLOAD_STEP_BYTES, Payload
 from pynbd.storage.memory import Memory
+from tests.crypto.tls_ends import credentials
 from tests.server.clients import LIMIT_S, MODES, serving, the_connection, write
 from tests.server.held import HELD, Held, held
+from tests.server.test_tls import secure_server, secured
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -258,3 +262,17 @@ async def test_large_writes_to_a_disk_in_memory(mode: ReplyMode) -> None:
             assert not (await client.ask(Command.WRITE_ZEROES, hole, 100_000)).error
             model[hole : hole + 100_000] = bytes(100_000)
         assert await client.read(0, 8 * MIB) == model
+
+
+async def test_through_tls_nothing_goes_straight_into_memory(pki: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This program would put the bytes there, and be ended where no page is to be had."""
+    payload = random.Random(8).randbytes(3 * MIB + 5)
+
+    def refuse(memory: Memory, offset: int, length: int, filler: Filler) -> int | None:
+        raise AssertionError(f"{length} bytes at {offset} would be put into memory")
+
+    monkeypatch.setattr(Memory, "fill_now", refuse)
+    async with secure_server(pki, {"driver": "memory", "size": 8 * MIB}) as served:
+        client = await secured(served, credentials("client", pki))
+        await client.write(MIB - 1, payload)
+        assert await client.read(MIB - 1, len(payload)) == payload

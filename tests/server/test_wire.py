@@ -140,6 +140,27 @@ async def test_a_file_that_is_shorter_than_was_promised(queued: bool, file: Path
         assert caught.value.errno == errno.EIO
 
 
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EIO])
+async def test_a_file_that_can_not_be_sent_is_copied(code: int, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems have no sendfile; whether a file can be read at all, only a read tells."""
+
+    def refuse(out: int, fd: int, offset: int, count: int) -> int:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "sendfile", refuse)
+    with wired() as end, file.open("rb") as opened:
+        end.wire.send_with_file(memoryview(b"header"), opened.fileno(), 5, 64 * KIB)
+        assert await end.receive(6 + 64 * KIB) == b"header" + file.read_bytes()[5 : 5 + 64 * KIB]
+        await until_sent(end)
+
+
+async def test_a_client_that_is_lost_while_a_file_is_sent(file: Path) -> None:
+    with wired() as end, file.open("rb") as opened:
+        end.peer.close()
+        with pytest.raises(ConnectionError):
+            end.wire.send_with_file(memoryview(b"header"), opened.fileno(), 0, 64 * KIB)
+
+
 async def test_files_are_copied_for_who_is_behind(file: Path) -> None:
     with wired(buffer_bytes=2 * MIB) as end, file.open("rb") as opened:
         assert not end.wire.copies_files()
