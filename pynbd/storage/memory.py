@@ -4,6 +4,9 @@ It is a memfd, an unnamed file on a file system in memory: holes, punching and `
 it takes one system call without a coroutine. (A dict of blocks in Python writes 4 KiB a microsecond faster, but must
 run a coroutine for each read and copy the bytes once more.)
 
+The memfd is mapped as well, for the kernel to send from there and receive into it: a system call that finds no page
+fails, where a program that looked at one would be ended.
+
 Limits: what it held is gone when it is closed.
 """
 
