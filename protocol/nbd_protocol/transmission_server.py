@@ -92,8 +92,9 @@ class ServerTransmission:
         large_payload: a payload from this length up that is incomplete is left to the caller, in bytes.
 
     Who deals with plain requests without making objects of them finds here how a header is taken apart: `unpack_from`
-    gives (magic, flags, type, cookie, offset, length) of the `header_size` bytes at a position, and `payload_flag` is
-    what a WRITE has among its flags. Only while nothing is being skipped (`swallowing` is 0).
+    gives (magic, flags, type, cookie, offset, length) of the `header_size` bytes at a position, `iter_unpack` those of
+    several headers in a row, and `payload_flag` is what a WRITE has among its flags. Only while nothing is being
+    skipped (`swallowing` is 0).
 
     After DISC all further bytes are consumed and ignored. After a RemoteProtocolError every call raises it again.
     """
@@ -108,6 +109,7 @@ class ServerTransmission:
         codec = EXTENDED_REQUEST_CODEC if self._extended else REQUEST_CODEC
         self.header_size: Final = codec.size
         self.unpack_from: Final = codec.struct.unpack_from
+        self.iter_unpack: Final = codec.struct.iter_unpack
         self.magic: Final[int] = codec.constants[0]
         # The flag that says "a payload follows" exists only with extended headers.
         self.payload_flag: Final = _PAYLOAD_LEN if self._extended else 0

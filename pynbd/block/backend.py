@@ -13,10 +13,10 @@ from time import perf_counter_ns
 from typing import TypeVar
 
 from pynbd.block.child import Child
-from pynbd.block.driver import Filler, HostWriter, Location, Preallocation
+from pynbd.block.driver import Filler, HostWriter, Location, Preallocation, WritePlace
 from pynbd.block.errors import io_error
 from pynbd.block.extents import ChainExtent, Status
-from pynbd.block.node import Node, never, not_now, nowhere
+from pynbd.block.node import Node, never, no_place, not_now, nowhere
 from pynbd.block.permissions import ChildRole, Permission
 from pynbd.block.requests import RequestFlag
 from pynbd.block.statistics import Operation, Statistics
@@ -70,6 +70,12 @@ def filler_in_place(edge: Child) -> Callable[[int, int, Filler], int | None]:
     return never if fill_now is never else fill
 
 
+def places_for_writes(edge: Child) -> Callable[[], WritePlace | None]:
+    """`place_writes` through an edge, within its permissions."""
+    place_writes = edge.place_writes
+    return no_place if place_writes is no_place else lambda: place_writes() if edge.may_write else None
+
+
 class BlockBackend:
     """One user of a node.
 
@@ -105,6 +111,10 @@ class BlockBackend:
         Such writes are counted by whoever makes them, many at a time, who also flushes where they have to be durable
         (without `write_cache` all of them have to). 0 requests are in flight meanwhile: nothing else runs before this
         returns.
+        """
+        self.place_writes: Callable[[], WritePlace | None] = no_place
+        """Where many writes may be put without waiting; see `Driver.place_writes`, and `write_now` for who counts them
+        and makes them durable.
         """
         self.fill_now: Callable[[int, int, Filler], int | None] = never
         """Have the kernel put data into memory that is the disk; see `Driver.fill_now`. What `write_now` says of who
@@ -194,9 +204,10 @@ class BlockBackend:
     def _bind(self) -> None:
         root = self.root
         self._ready = root is not None and not (self._drains or self._stopped or self._shut_down)
-        self.locate, self.write_now, self.fill_now = nowhere, not_now, never
+        self.locate, self.write_now, self.place_writes, self.fill_now = nowhere, not_now, no_place, never
         if self._ready and root is not None:
-            self.locate, self.write_now, self.fill_now = root.locate, writer_in_place(root), filler_in_place(root)
+            self.locate, self.write_now = root.locate, writer_in_place(root)
+            self.place_writes, self.fill_now = places_for_writes(root), filler_in_place(root)
 
     def _wake(self) -> None:
         self._bind()

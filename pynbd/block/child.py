@@ -3,7 +3,7 @@
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from pynbd.block.driver import Filler, HostWriter, Location
+from pynbd.block.driver import Filler, HostWriter, Location, WritePlace
 from pynbd.block.extents import Extent
 from pynbd.block.permissions import ChildRole, Permission
 
@@ -25,6 +25,7 @@ class DataPath(NamedTuple):
     flush: Callable[[], Coroutine[Any, Any, None]]
     locate: Callable[[int, int], Location | None]
     write_now: Callable[[int, memoryview], bool]
+    place_writes: Callable[[], WritePlace | None]
     fill_now: Callable[[int, int, Filler], int | None]
     write_by: Callable[[int, int, HostWriter], Coroutine[Any, Any, int]]
 
@@ -79,6 +80,7 @@ class Child:
         "name",
         "node",
         "parent",
+        "place_writes",
         "read",
         "role",
         "shared",
@@ -113,7 +115,7 @@ class Child:
         path = self.node.path
         self.read, self.write, self.write_zeroes, self.discard = path.read, path.write, path.write_zeroes, path.discard
         self.cache, self.flush, self.locate, self.write_now = path.cache, path.flush, path.locate, path.write_now
-        self.fill_now, self.write_by = path.fill_now, path.write_by
+        self.place_writes, self.fill_now, self.write_by = path.place_writes, path.fill_now, path.write_by
 
     async def block_status(self, offset: int, length: int) -> Sequence[Extent]:
         """What the layer below holds in a range; see `Driver.block_status`."""

@@ -122,6 +122,23 @@ class ImageInfo(msgspec.Struct, kw_only=True, omit_defaults=True):
     specific: dict[str, Any] = {}
 
 
+class WritePlace(NamedTuple):
+    """Where writes may be put, all of the disk in its order, until whoever asked next lets the loop run.
+
+    Args:
+        fd: in which open file.
+        shift: where in it the disk begins, in bytes.
+        size: how much of the disk lies there, in bytes: writes end before.
+        made: to be told before the loop runs, if any write was made or has failed: where the last of them in the disk
+            ends, and the time that all took together, in nanoseconds.
+    """
+
+    fd: int
+    shift: int
+    size: int
+    made: Callable[[int, int], None]
+
+
 class Driver:
     """The base of every driver; see the module's text for the contract.
 
@@ -291,6 +308,14 @@ class Driver:
         that is `growable` is also asked past its end, and sees to its size itself.
         """
         return False
+
+    def place_writes(self) -> WritePlace | None:
+        """Where several small writes may be put without waiting, or nowhere: then `write_now` is asked for each.
+
+        A plain function, asked once for all writes of a wake-up: the disk is a file in its whole length, and the page
+        cache takes what is written. Whoever gives the same object again spares others the trouble to look at it.
+        """
+        return None
 
     def fill_now(self, offset: int, length: int, filler: Filler) -> int | None:
         """Let bytes be put straight into the disk, where memory is the disk, or say no: then `write` is called.
@@ -464,6 +489,6 @@ class Filter(Driver):
         kind = type(self)
         if member == "locate" and kind.read is not Filter.read:
             return False
-        if member in ("write_now", "fill_now", "write_by") and kind.write is not Filter.write:
+        if member in ("write_now", "place_writes", "fill_now", "write_by") and kind.write is not Filter.write:
             return False
         return getattr(kind, member) is getattr(Filter, member)

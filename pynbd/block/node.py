@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from pynbd.block import status
 from pynbd.block.alignment import BOUNCE_BYTES, aligned_buffer, pieces, round_down, round_up, split_by_alignment
 from pynbd.block.child import Child, DataPath
-from pynbd.block.driver import Driver, Filler, Filter, HostWriter, ImageInfo, Location, Preallocation
+from pynbd.block.driver import Driver, Filler, Filter, HostWriter, ImageInfo, Location, Preallocation, WritePlace
 from pynbd.block.errors import io_error
 from pynbd.block.extents import ChainExtent, Extent
 from pynbd.block.objects import Objects
@@ -51,6 +51,11 @@ def nowhere(offset: int, length: int) -> Location | None:
 def not_now(offset: int, data: memoryview) -> bool:
     """`write_now` of a node that must see each write in its own time."""
     return False
+
+
+def no_place() -> WritePlace | None:
+    """`place_writes` of a node that must see each write, or does not lie in a file as it is."""
+    return None
 
 
 def never(offset: int, length: int, filler: Filler) -> int | None:
@@ -94,6 +99,7 @@ class Node:
         self.parents: list[Child] = []
         self.bitmaps: dict[str, DirtyBitmap] = {}
         self.write_highest_offset = 0
+        self._place: tuple[WritePlace | None, WritePlace | None] = (None, None)
         self.write_guard: WriteGuard | None = None
         self.opened = False
         self.drained_sections: list[DrainedSection] = []
@@ -178,6 +184,7 @@ class Node:
         plain = self._tracker is None and limits.request_alignment == 1 and limits.max_transfer == 0
         unwatched = self.write_guard is None and self.options.detect_zeroes == "off"
         immediate = plain and unwatched and type(driver).write_now is not Driver.write_now
+        placed = plain and unwatched and type(driver).place_writes is not Driver.place_writes
         in_memory = plain and unwatched and type(driver).fill_now is not Driver.fill_now
         by_others = plain and unwatched and type(driver).write_by is not Driver.write_by
         return DataPath(
@@ -189,6 +196,7 @@ class Node:
             flush=self.flush,
             locate=driver.locate if type(driver).locate is not Driver.locate else nowhere,
             write_now=self._write_now if immediate else not_now,
+            place_writes=self._place_writes if placed else no_place,
             fill_now=self._fill_now if in_memory else never,
             write_by=self._write_by if by_others else by_nobody,
         )
@@ -209,7 +217,7 @@ class Node:
             and not self.bitmaps
             and self.write_guard is None
             and self.options.detect_zeroes == "off"
-            and (request in ("write", "write_now", "fill_now", "write_by") or self._discards)
+            and (request in ("write", "write_now", "place_writes", "fill_now", "write_by") or self._discards)
         )
 
     def below_changed(self, edge: Child) -> None:
@@ -285,6 +293,24 @@ class Node:
         if end > self.write_highest_offset or end > self._told_size or self.bitmaps:
             self._written(offset, len(data))
         return True
+
+    def _place_writes(self) -> WritePlace | None:
+        """The same for several writes that somebody else makes in a file."""
+        place = None if self.read_only or self.bitmaps else self.driver.place_writes()
+        known, watched = self._place
+        if place is None or place is known:
+            return place and watched
+        made = place.made
+
+        def told(end: int, took_ns: int) -> None:
+            self._generation += 1
+            if end > self.write_highest_offset:
+                self.write_highest_offset = end
+            made(end, took_ns)
+
+        watched = place._replace(made=told)
+        self._place = (place, watched)
+        return watched
 
     def _fill_now(self, offset: int, length: int, filler: Filler) -> int | None:
         """The same for a write whose bytes the kernel puts into memory that is the disk."""

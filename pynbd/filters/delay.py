@@ -100,6 +100,7 @@ WAITS_FOR = {
     "locate": "read",
     "write": "write",
     "write_now": "write",
+    "place_writes": "write",
     "fill_now": "write",
     "write_zeroes": "zero",
     "discard": "trim",

@@ -12,7 +12,17 @@ from typing import ClassVar
 from pynbd.block import errors
 from pynbd.block.alignment import round_up
 from pynbd.block.backend import BlockBackend
-from pynbd.block.driver import ChildSpec, CreationOptions, Driver, Filler, Filter, ImageInfo, Location, Preallocation
+from pynbd.block.driver import (
+    ChildSpec,
+    CreationOptions,
+    Driver,
+    Filler,
+    Filter,
+    ImageInfo,
+    Location,
+    Preallocation,
+    WritePlace,
+)
 from pynbd.block.extents import Extent
 from pynbd.block.families import Measurement
 from pynbd.block.options import MAX_SIZE_BYTES, NodeOptions, Size
@@ -123,6 +133,15 @@ class Raw(Driver):
         if offset + len(data) > self.size or self._events_are_heard():
             return False
         return self.file.write_now(self.options.offset + offset, data)
+
+    def place_writes(self) -> WritePlace | None:
+        place = None if self._events_are_heard() else self.file.place_writes()
+        if place is None:
+            return None
+        fd, shift, size, made = place
+        before = self.options.offset
+        inside = min(size - before, self.size)
+        return WritePlace(fd, shift + before, inside, lambda end, took_ns: made(before + end, took_ns))
 
     def fill_now(self, offset: int, length: int, filler: Filler) -> int | None:
         if offset + length > self.size or self._events_are_heard():

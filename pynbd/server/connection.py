@@ -113,16 +113,6 @@ class Connection:
         self.wire = make_wire(self)
         self._outstanding = outstanding = Outstanding(account, self.wire, in_flight, self._continue_soon)
         self._framing = ServerTransmission(ready.mode, max_payload=self.rules.max_payload)
-        self._plain = PlainRequests(
-            self._framing,
-            self.rules,
-            replies,
-            self.backend,
-            scratch,
-            self.wire,
-            stay=export.located_for_good,
-            lost=self._lose,
-        )
         self._batches = Batches(
             self.rules,
             replies,
@@ -134,10 +124,24 @@ class Connection:
             may_flush=lambda: outstanding.may_begin_uncounted(MAX_BATCH_REQUESTS),
             lost=self._lose,
         )
-        self._spans = SpanReads(export, replies, warn, request_failed, outstanding.span_ended)
+        self._spans = SpanReads(export, replies, scratch.warm, warn, request_failed, outstanding.span_ended)
         self._late_reads = LateReads(export, account, replies, outstanding.request_ended, self._read_rest)
         execution = Execution(export, replies, ready.contexts, request_failed)
-        self._coroutines = Coroutines(execution, replies, starter, account, scratch.buffers, peer, self._answer)
+        self._coroutines = Coroutines(
+            execution, replies, starter, account, scratch.buffers, peer, outstanding.begun_in_place, self._answer
+        )
+        self._plain = PlainRequests(
+            self._framing,
+            self.rules,
+            replies,
+            self.backend,
+            scratch,
+            self.wire,
+            self._coroutines,
+            stay=export.located_for_good,
+            may_begin=lambda: outstanding.may_begin_in_place(INLINE_READ_BYTES),
+            lost=self._lose,
+        )
         self._pace = pace
         self._pace_timer: TimerHandle | None = None
         self._starter = starter

@@ -5,7 +5,7 @@ raises: whatever happens, there is a reply, and what was reserved for the reques
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from nbd_protocol.constants import Command, CommandFlag, Errno
 from nbd_protocol.transmission import Replies, Request
@@ -39,10 +39,11 @@ class Coroutines:
         account: what was reserved for a request is given back there.
         buffers: where borrowed buffers go back to.
         peer: the client's name for the log.
+        begun: called with the length of a request that was tried in place and has not ended.
         ended: called with a reply, and how many requests have ended with it; also from within a call that starts one.
     """
 
-    __slots__ = ("_account", "_backend", "_buffers", "_ended", "_execution", "_peer", "_replies", "_starter")
+    __slots__ = ("_account", "_backend", "_begun", "_buffers", "_ended", "_execution", "_peer", "_replies", "_starter")
 
     def __init__(
         self,
@@ -52,6 +53,7 @@ class Coroutines:
         account: Account,
         buffers: BufferPool,
         peer: str,
+        begun: Callable[[int], None],
         ended: Callable[[Sequence[Item], int], None],
     ) -> None:
         self._execution = execution
@@ -61,6 +63,7 @@ class Coroutines:
         self._account = account
         self._buffers = buffers
         self._peer = peer
+        self._begun = begun
         self._ended = ended
 
     def start(
@@ -80,26 +83,71 @@ class Coroutines:
             borrowed: a buffer that goes back to the pool then.
             done: bytes of a read that were sent already, or of a write that are in the disk already.
         """
-        self._starter.start(self._carry_out(request, payload, reserved, borrowed, done))
+        self._starter.start(self._conclude(request, self._carry_out(request, payload, done), reserved, borrowed))
+
+    def read_in_place(self, cookie: int, offset: int, length: int) -> bytearray | None:
+        """Read a little by the driver's coroutine.
+
+        Returns:
+            the reply; None if it has to wait, or has failed: then the request has begun, and `ended` gets its reply.
+        """
+        header = self._replies.read_header_size
+        reply = bytearray(header + length)
+        try:
+            rest = self._starter.begin(self._backend.read(offset, memoryview(reply)[header:]))
+        except Exception as problem:
+            rest = _raise(problem)
+        if rest is None:
+            self._replies.pack_read_header(reply, 0, cookie, offset, length)
+            return reply
+        self._begun(length)
+        request = Request(READ, 0, cookie, offset, length)
+        self._starter.go_on(self._conclude(request, self._read_on(request, rest, reply), length, None))
+        return None
+
+    def write_in_place(self, cookie: int, offset: int, payload: memoryview) -> bool:
+        """Write a little by the driver's coroutine. As `read_in_place`; True: it was written."""
+        try:
+            rest = self._starter.begin(self._backend.write(offset, payload))
+        except Exception as problem:
+            rest = _raise(problem)
+        if rest is None:
+            return True
+        self._begun(len(payload))
+        request = Request(WRITE, 0, cookie, offset, len(payload))
+        self._starter.go_on(self._conclude(request, self._write_on(request, rest), len(payload), None))
+        return False
+
+    async def _read_on(self, request: Request, rest: Awaitable[None], reply: bytearray) -> list[Item]:
+        await rest
+        self._replies.pack_read_header(reply, 0, request.cookie, request.offset, request.length)
+        return [reply]
+
+    async def _write_on(self, request: Request, rest: Awaitable[None]) -> list[Item]:
+        await rest
+        return [self._replies.done(request)]
 
     def start_flush(self, requests: Sequence[Request]) -> None:
         """Make one flush for writes that have been made, and for those who asked for a flush."""
         self._starter.start(self._make_durable(requests))
 
-    async def _carry_out(
-        self, request: Request, payload: memoryview | None, reserved: int, borrowed: memoryview | None, done: int
-    ) -> None:
+    async def _carry_out(self, request: Request, payload: memoryview | None, done: int) -> list[Item]:
         execution = self._execution
+        if request.type == WRITE and payload is not None:
+            await self._write(request, payload, done)
+            return [self._replies.done(request)]
+        if request.type == READ:
+            return await (execution.read_in_chunks(request, done) if done else execution.read(request))
+        return await execution.execute(request)
+
+    async def _conclude(
+        self, request: Request, answering: Awaitable[list[Item]], reserved: int, borrowed: memoryview | None
+    ) -> None:
+        """Whatever comes of a request, it is answered, and gives back what it held."""
         try:
-            if request.type == WRITE and payload is not None:
-                await self._write(request, payload, done)
-                answer: list[Item] = [self._replies.done(request)]
-            elif request.type == READ:
-                answer = await (execution.read_in_chunks(request, done) if done else execution.read(request))
-            else:
-                answer = await execution.execute(request)
+            answer = await answering
         except OSError as problem:
-            answer = [execution.error(request, problem)]
+            answer = [self._execution.error(request, problem)]
         except Exception as problem:
             log.exception("%s: %s failed", self._peer, describe(request), extra=self._about_failure(problem))
             answer = [self._replies.error(request, Errno.EIO, f"internal error: {problem!r}")]
@@ -134,3 +182,7 @@ class Coroutines:
     def _about_failure(self, problem: Exception) -> dict[str, object]:
         export = self._execution.export
         return about(events.REQUEST_FAILED, client=self._peer, export=export.name, error=repr(problem))
+
+
+async def _raise(problem: Exception) -> None:
+    raise problem

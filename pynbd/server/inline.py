@@ -105,20 +105,38 @@ class InlineStarter:
         Returns:
             True if it ended, False if it goes on as a task.
         """
+        rest = self.begin(coro)
+        if rest is None:
+            return True
+        self.go_on(rest)
+        return False
+
+    def begin(self, coro: Coroutine[Any, Any, None]) -> Coroutine[Any, Any, None] | None:
+        """Run a coroutine as far as it comes without waiting.
+
+        Returns:
+            None if it ended; else what is left of it: the first thing that is awaited by what `go_on` is given.
+
+        Raises:
+            Exception: what the coroutine raised.
+        """
         stand_in = self._stand_in
         loop = self.loop
         _enter_task(loop, stand_in)  # type: ignore[arg-type]  # it answers as a task does
         try:
             awaited = coro.send(None)
         except StopIteration:
-            return True
+            return None
         finally:
             _leave_task(loop, stand_in)  # type: ignore[arg-type]  # as above
-        task = loop.create_task(_rest_of(coro, awaited, stand_in))
+        self._stand_in = StandIn(loop)
+        return _rest_of(coro, awaited, stand_in)
+
+    def go_on(self, coro: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine that raises nothing, as a task."""
+        task = self.loop.create_task(coro)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
-        self._stand_in = StandIn(loop)
-        return False
 
 
 async def _rest_of(coro: Coroutine[Any, Any, None], awaited: Any, stand_in: StandIn) -> None:

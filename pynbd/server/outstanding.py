@@ -85,6 +85,18 @@ class Outstanding:
             length += payload.request.length - payload.reserved
         self._part.count(requests, length)
 
+    def may_begin_in_place(self, length: int) -> bool:
+        """Whether a request with so many bytes, which nearly always ends at once, may begin without asking: nothing is
+        in flight, and what is held stays within what a connection may always hold.
+        """
+        return not self.requests and self._account.held + length <= RESERVE_BYTES and self.has_room_for(length)
+
+    def begun_in_place(self, length: int) -> None:
+        """It did not end at once, and holds so many bytes."""
+        self.requests += 1
+        self._account.charge(length)
+        self.count()
+
     def request_ended(self) -> None:
         """One is done with."""
         self.requests -= 1

@@ -1,9 +1,10 @@
 """`PlainRequests`: from the bytes of a client to those for it in one loop, for requests of which nothing need be said.
 
-These are short reads whose bytes lie in an open file and are in memory, and writes without flags that a driver can make
-in place: nearly all that a busy client asks for. What costs them most is what is done for each of them, so here
-nothing is: no object is made of a request, and nobody is asked whether it may be refused. The first one that is
-anything else ends the loop, and `ServerTransmission` and `Batches` go on from there.
+These are short reads whose bytes lie in an open file and are in memory, writes without flags that a driver can make
+in place, and both of drivers whose coroutines end without having waited: nearly all that a busy client asks for. What
+costs them most is what is done for each of them, so here nothing is: no object is made of a request, and nobody is
+asked whether it may be refused. The first one that is anything else ends the loop, and `ServerTransmission` and
+`Batches` go on from there.
 
 This is the hottest code of the server: what it needs for each request are local names.
 """
@@ -17,6 +18,8 @@ from nbd_protocol.transmission import ExportRules, Replies, ServerTransmission
 from pynbd.block.backend import BlockBackend
 from pynbd.block.driver import Location
 from pynbd.block.statistics import Operation
+from pynbd.server.buffers import Buffer
+from pynbd.server.coroutines import Coroutines
 from pynbd.server.execution import HOLE_READ_BYTES
 from pynbd.server.scratch import (
     ALIGNED_READ_BYTES,
@@ -29,13 +32,16 @@ from pynbd.server.scratch import (
 )
 from pynbd.server.spans import is_whole
 from pynbd.server.wire import Wire
-from pynbd.storage import linux
 
 # Plain integers: what an IntFlag costs in an expression is more than the rest of a small request.
 READ = int(Command.READ)
 WRITE = int(Command.WRITE)
 OPERATION_READ = int(Operation.READ)
 OPERATION_WRITE = int(Operation.WRITE)
+
+
+WORTH_A_PLACE = 4
+"""As many writes in a row, to say the least, are put where the disk lies, instead of asking the drivers for each."""
 
 
 class PlainRequests:
@@ -48,11 +54,25 @@ class PlainRequests:
         backend: what is read and written.
         scratch: the loop's buffers.
         wire: where the answers leave.
+        coroutines: reads and writes what only a driver's coroutine can.
         stay: whether bytes stay where `locate` says they are.
+        may_begin: whether one of those may begin without asking for room and memory.
         lost: called when the answers can't be sent.
     """
 
-    __slots__ = ("_asks_from", "_backend", "_framing", "_lost", "_replies", "_rules", "_scratch", "_stay", "_wire")
+    __slots__ = (
+        "_asks_from",
+        "_backend",
+        "_coroutines",
+        "_framing",
+        "_lost",
+        "_may_begin",
+        "_replies",
+        "_rules",
+        "_scratch",
+        "_stay",
+        "_wire",
+    )
 
     def __init__(
         self,
@@ -62,8 +82,10 @@ class PlainRequests:
         backend: BlockBackend,
         scratch: Scratch,
         wire: Wire,
+        coroutines: Coroutines,
         *,
         stay: Callable[[], bool],
+        may_begin: Callable[[], bool],
         lost: Callable[[OSError], None],
     ) -> None:
         self._framing = framing
@@ -72,7 +94,9 @@ class PlainRequests:
         self._backend = backend
         self._scratch = scratch
         self._wire = wire
+        self._coroutines = coroutines
         self._stay = stay
+        self._may_begin = may_begin
         self._lost = lost
         # Where holes can be told, larger reads ask for them first.
         self._asks_from = HOLE_READ_BYTES if replies.can_send_holes else INLINE_READ_BYTES + 1
@@ -98,29 +122,62 @@ class PlainRequests:
         )
         # With extended headers a payload is announced by a flag.
         write_flags = framing.payload_flag if rules.writable and backend.write_cache else -1
-        locate, preadv, write_now, answers = backend.locate, os.preadv, backend.write_now, self._scratch.answers
-        parts: list[memoryview] = []
-        done = position = part = reads = read_bytes = writes = written_bytes = 0
+        locate, preadv, write_now, pwrite = backend.locate, os.preadv, backend.write_now, os.pwrite
+        answers, coroutines, counted_ns = self._scratch.answers, self._coroutines, None
+        parts: list[Buffer] = []
+        position = part = reads = read_bytes = writes = written_bytes = in_place_bytes = 0
         received = len(data)
         last = received - request_size
-        left = MAX_BATCH_REQUESTS
         started = perf_counter_ns()
+        if last >= request_size:
+            reads, length = self._answer_alike(data)
+            position, read_bytes = reads * (header + length), reads * length
+        done, left = reads * request_size, MAX_BATCH_REQUESTS - reads
+        # Where all of the disk lies is asked for once, if there are several requests.
+        asks_for_disk = asks_for_place = done < last
+        disk: Location | None = None
+        located: Location | None
+        place, placed_end = None, 0
+        fd = shift = nowait = 0
         while left and done <= last:
             found, flags, kind, cookie, offset, length = unpack_from(data, done)
-            if found != magic or length <= 0 or (offset | length) & misaligned_bits or offset + length > size:
+            stop = offset + length
+            if found != magic or length <= 0 or (offset | length) & misaligned_bits or stop > size:
                 break
             if kind == READ and not flags and length <= INLINE_READ_BYTES:
-                located = locate(offset, length)
-                if located is None or located[2] != length:
-                    break
-                if read_bytes >= MAX_BATCH_BYTES:
+                if read_bytes + in_place_bytes >= MAX_BATCH_BYTES:
                     left = 0
                     break
+                if asks_for_disk and length < ALIGNED_READ_BYTES:
+                    asks_for_disk = False
+                    disk = self._whole_disk()
+                    if disk is not None:
+                        fd, shift, _, nowait, _ = disk
+                if disk is not None and length < ALIGNED_READ_BYTES:
+                    located, host_offset = disk, shift + offset
+                elif (located := locate(offset, length)) is not None and located[2] == length:
+                    fd, host_offset, _, nowait, _ = located
+                else:
+                    if counted_ns is None:
+                        if not self._may_begin():
+                            break
+                        counted_ns = backend.statistics.data_ns
+                    reply = coroutines.read_in_place(cookie, offset, length)
+                    in_place_bytes += length
+                    done += request_size
+                    left -= 1
+                    if reply is None:
+                        break
+                    if position > part:
+                        parts.append(answers[part:position])
+                        part = position
+                    parts.append(reply)
+                    continue
                 if length < ALIGNED_READ_BYTES:
                     start = position + header
                     end = start + length
                     try:
-                        if preadv(located[0], [answers[start:end]], located[1], located[3]) != length:
+                        if preadv(fd, [answers[start:end]], host_offset, nowait) != length:
                             break
                     except OSError:
                         break  # not in memory, or failed
@@ -137,23 +194,56 @@ class PlainRequests:
             elif kind == WRITE and flags == write_flags:
                 start = done + request_size
                 end = start + length
-                if end > received or not write_now(offset, data[start:end]):
+                if end > received:
                     break
+                if asks_for_place and last - done > WORTH_A_PLACE * length:
+                    asks_for_place, place = False, backend.place_writes()
+                    if place is not None:
+                        write_fd, write_shift, write_size, made = place
+                if place is not None and length <= INLINE_READ_BYTES and stop <= write_size:
+                    if stop > placed_end:
+                        placed_end = stop
+                    try:
+                        written = pwrite(write_fd, data[start:end], write_shift + offset) == length
+                    except OSError:
+                        written = False  # the long way tells what has failed
+                else:
+                    written = write_now(offset, data[start:end])
+                if written:
+                    writes += 1
+                    written_bytes += length
+                else:
+                    if length > INLINE_READ_BYTES:
+                        break
+                    if counted_ns is None:
+                        if not self._may_begin():
+                            break
+                        counted_ns = backend.statistics.data_ns
+                    # What was received is overwritten at the next wake-up, and it may be waiting still.
+                    written = coroutines.write_in_place(cookie, offset, memoryview(bytes(data[start:end])))
+                    in_place_bytes += length
+                    if not written:
+                        done = end
+                        left -= 1
+                        break
                 pack_done(answers, position, cookie, offset)
                 position += done_size
-                writes += 1
-                written_bytes += length
                 done = end
             else:
                 break
             left -= 1
+        if placed_end:
+            made(placed_end, perf_counter_ns() - started)
         if not done:
             return 0, MAX_BATCH_REQUESTS - left
         took_ns = perf_counter_ns() - started
+        statistics = backend.statistics
+        if counted_ns is not None:  # coroutines count what they do themselves
+            took_ns -= statistics.data_ns - counted_ns
         if writes:
-            backend.statistics.account(OPERATION_WRITE, writes, written_bytes, took_ns)
+            statistics.account(OPERATION_WRITE, writes, written_bytes, took_ns)
         if reads:
-            backend.statistics.account(OPERATION_READ, reads, read_bytes, took_ns)
+            statistics.account(OPERATION_READ, reads, read_bytes, took_ns)
         try:
             if parts or part:
                 if position > part:
@@ -165,8 +255,68 @@ class PlainRequests:
             self._lost(problem)
         return done, MAX_BATCH_REQUESTS - left
 
+    def _answer_alike(self, data: memoryview) -> tuple[int, int]:
+        """Answer the short reads of one length at the beginning of what was received: most of what many clients ask.
+
+        Args:
+            data: as for `serve`, several requests.
+
+        Returns:
+            how many were answered, into the buffer of answers, and their length.
+        """
+        framing, rules, replies = self._framing, self._rules, self._replies
+        magic, request_size = framing.magic, framing.header_size
+        size, misaligned_bits = rules.size, rules.misaligned_bits
+        _, _, kind, _, _, usual = framing.unpack_from(data)
+        _, _, next_kind, _, _, next_length = framing.unpack_from(data, request_size)
+        if kind != READ or next_kind != READ or next_length != usual or usual & misaligned_bits:
+            return 0, usual
+        slots = self._scratch.slots(replies.read_header_size, usual)
+        if slots is None:
+            return 0, usual
+        locate, preadv, pack, answers = self._backend.locate, os.preadv, replies.pack_read_header, self._scratch.answers
+        disk = self._whole_disk()
+        if disk is not None:
+            fd, shift, _, nowait, _ = disk
+        reads, last_start = 0, size - usual
+        requests = min(len(data) // request_size, MAX_BATCH_REQUESTS)
+        headers = framing.iter_unpack(data[: requests * request_size])
+        try:
+            for (found, flags, kind, cookie, offset, length), (position, into) in zip(headers, slots, strict=False):
+                if (
+                    length != usual
+                    or kind != READ
+                    or flags
+                    or found != magic
+                    or offset & misaligned_bits
+                    or offset > last_start
+                ):
+                    break
+                if disk is None:
+                    located = locate(offset, usual)
+                    if located is None:
+                        break
+                    fd, host_offset, there, nowait, _ = located
+                    if there != usual:
+                        break
+                else:
+                    host_offset = shift + offset
+                if preadv(fd, into, host_offset, nowait) != usual:
+                    break
+                pack(answers, position, cookie, offset, usual)
+                reads += 1
+        except OSError:
+            pass  # not in memory, or failed
+        return reads, usual
+
+    def _whole_disk(self) -> Location | None:
+        """Where all of the disk lies, for the requests of this wake-up; None if not in one piece."""
+        size = self._rules.size
+        disk = self._backend.locate(0, size) if self._stay() else None
+        return disk if disk is not None and disk.length == size else None
+
     def _answer_longer(
-        self, located: Location, cookie: int, offset: int, position: int, part: int, parts: list[memoryview]
+        self, located: Location, cookie: int, offset: int, position: int, part: int, parts: list[Buffer]
     ) -> tuple[int, int] | None:
         """Answer a read of `ALIGNED_READ_BYTES` or more.
 
@@ -181,7 +331,9 @@ class PlainRequests:
             the next position and part; None if it was not answered.
         """
         replies, answers, length, memory = self._replies, self._scratch.answers, located.length, located.memory
-        if (memory is not None or length >= self._asks_from) and not is_whole(located):
+        # Holes of those in memory are told; of others no page is in memory, if nobody has read them by other ways.
+        tells_holes = not located.flags and (memory is not None or length >= self._asks_from)
+        if tells_holes and not is_whole(located):
             return None
         start = position + replies.read_header_size
         if memory is not None:
@@ -215,12 +367,9 @@ class PlainRequests:
         """Whether bytes are to be sent from their file: they stay there, nobody has to wait for them, and the client
         keeps up. Files in memory are copied: whether they can be sent is not known.
         """
-        try:
-            return (
-                bool(located.flags)
-                and self._stay()
-                and not self._wire.copies_files()
-                and linux.readable_at_once(located.fd, located.host_offset, located.length)
-            )
-        except OSError:
-            return False
+        return (
+            bool(located.flags)
+            and self._stay()
+            and not self._wire.copies_files()
+            and self._scratch.warm.hold(located.fd, located.host_offset, located.length)
+        )

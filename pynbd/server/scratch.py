@@ -2,6 +2,7 @@
 
 from nbd_protocol.transmission import ExtendedReplies
 from pynbd.server.buffers import BufferPool, anonymous_memory
+from pynbd.server.warm_regions import WarmRegions
 from pynbd.server.wire import PIECE_BYTES
 
 RECEIVE_BYTES = 256 << 10
@@ -26,8 +27,16 @@ ANSWERS_BYTES = MAX_BATCH_BYTES + 2 * INLINE_READ_BYTES
 """Answers of one batch with the data of reads; the others need a few bytes each, for which there is room beside."""
 
 
+SLOT_BYTES = (512, 4 << 10, 8 << 10, 16 << 10)
+"""Usual lengths of short reads: what is the same for all of one length is worked out once."""
+
+Slots = list[tuple[int, list[memoryview]]]
+
+
 class Scratch:
-    """The buffers that all connections of one loop take turns in using: nothing stays in them after a wake-up."""
+    """What all connections of one loop share: buffers they take turns in using, of which nothing stays after a wake-up,
+    and what is known of the files they read.
+    """
 
     def __init__(self) -> None:
         self.buffers = BufferPool()
@@ -36,4 +45,25 @@ class Scratch:
         """The same, for those who only look."""
         # At the start of a page: the kernel copies several times slower to addresses that are odd multiples of 16.
         self.answers = anonymous_memory(ANSWERS_BYTES + MAX_BATCH_REQUESTS * ExtendedReplies.done_size)
+        self._slots: dict[tuple[int, int], Slots] = {}
         self.passing = anonymous_memory(PIECE_BYTES)
+        self.warm = WarmRegions()
+
+    def slots(self, header: int, length: int) -> Slots | None:
+        """The places of as many equal answers as one batch has, one after another in the buffer of answers.
+
+        Args:
+            header: bytes before the data.
+            length: of the data, in bytes.
+
+        Returns:
+            where each begins, and memory for its data; None for lengths that are not usual.
+        """
+        if length not in SLOT_BYTES:
+            return None
+        slots = self._slots.get((header, length))
+        if slots is None:
+            size, answers = header + length, self.answers
+            starts = range(0, MAX_BATCH_REQUESTS * size, size)
+            slots = self._slots[header, length] = [(at, [answers[at + header : at + size]]) for at in starts]
+        return slots

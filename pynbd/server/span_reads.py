@@ -11,6 +11,7 @@ from pynbd.server.buffers import Buffer
 from pynbd.server.execution import describe
 from pynbd.server.export import Export
 from pynbd.server.spans import FileSpan, SpanFile, has_hole
+from pynbd.server.warm_regions import WarmRegions
 from pynbd.server.wire import Item
 from pynbd.storage import linux
 
@@ -21,6 +22,7 @@ class SpanReads:
     Args:
         export: what is read.
         replies: the framing of its replies.
+        warm: what is known of the files.
         warn: logs what went wrong.
         request_failed: logs which request has failed, and why.
         ended: called when the bytes of a read have left, with their number.
@@ -30,6 +32,7 @@ class SpanReads:
         self,
         export: Export,
         replies: Replies,
+        warm: WarmRegions,
         warn: Callable[[str], None],
         request_failed: Callable[[str], None],
         ended: Callable[[int], None],
@@ -37,6 +40,7 @@ class SpanReads:
         self.export = export
         self.backend = export.backend
         self._replies = replies
+        self._warm = warm
         self._warn = warn
         self._request_failed = request_failed
         self._ended = ended
@@ -53,10 +57,12 @@ class SpanReads:
         file = self._file
         try:
             # Files in memory (whose reads need no flag against waiting) are there always, also their holes.
-            if located[3] and not linux.readable_at_once(located[0], located[1], length):
+            in_memory = not located[3]
+            is_warm = not in_memory and self._warm.hold(located[0], located[1], length)
+            if not (is_warm or in_memory or linux.readable_at_once(located[0], located[1], length)):
                 return None
             status = os.fstat(located[0])
-            if has_hole(located[0], located[1], length, status, in_memory=not located[3]):
+            if not is_warm and has_hole(located[0], located[1], length, status, in_memory=in_memory):
                 return None
             if file is None or not file.serves(status):
                 file = self._file = SpanFile(located[0], status)

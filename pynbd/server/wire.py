@@ -8,7 +8,7 @@ import os
 import socket
 from asyncio import AbstractEventLoop
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from pynbd.crypto.tls_socket import TlsSocket
@@ -70,7 +70,7 @@ class Wire(Protocol):
     def send_borrowed(self, view: memoryview) -> None:
         """As `send`, for one buffer that is used again at once: what is not sent is copied."""
 
-    def send_borrowed_parts(self, parts: list[memoryview]) -> None:
+    def send_borrowed_parts(self, parts: Sequence[Buffer]) -> None:
         """As `send_borrowed`, for several buffers."""
 
     def copies_files(self) -> bool:
@@ -132,6 +132,8 @@ class PlainWire:
         self._queue: deque[Item] = deque()
         self._passing = passing
         self._is_unix = isinstance(sock, socket.socket) and sock.family == socket.AF_UNIX
+        self._may_be_behind_at = 0
+        """Before so many bytes have gone, nobody need ask again whether the client is behind."""
         self._reading = False
         self._writing = False
         self._closed = False
@@ -173,10 +175,10 @@ class PlainWire:
         self.unsent += len(view) - sent
         self._watch()
 
-    def send_borrowed_parts(self, parts: list[memoryview]) -> None:
+    def send_borrowed_parts(self, parts: Sequence[Buffer]) -> None:
         self._send_borrowed(parts, 0)
 
-    def _send_borrowed(self, parts: list[memoryview], flags: int) -> None:
+    def _send_borrowed(self, parts: Sequence[Buffer], flags: int) -> None:
         if self._closed:
             return
         sent = 0
@@ -194,7 +196,14 @@ class PlainWire:
         self._watch()
 
     def copies_files(self) -> bool:
-        return bool(self._queue) or (self._is_unix and linux.unfetched_bytes(self._fd) > BEHIND_BYTES)
+        if self._queue:
+            return True
+        if self._is_unix and self.moved >= self._may_be_behind_at:
+            unfetched = linux.unfetched_bytes(self._fd)
+            if unfetched > BEHIND_BYTES:
+                return True
+            self._may_be_behind_at = self.moved + BEHIND_BYTES - unfetched
+        return False
 
     def send_with_file(self, view: memoryview, fd: int, offset: int, length: int) -> None:
         end = offset + length

@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pynbd.block import errors
-from pynbd.block.driver import Driver, HostWriter, Location, Preallocation
+from pynbd.block.driver import Driver, HostWriter, Location, Preallocation, WritePlace
 from pynbd.block.errors import OptionError, PermissionConflict
 from pynbd.block.extents import Extent
 from pynbd.block.limits import Limits
@@ -154,6 +154,7 @@ class File(Driver):
         writers = pool.WORKERS if self._direct else BUFFERED_WRITERS
         self._writes = pool.Batch(self._write_in_thread, always_waits=self._direct, workers=writers)
         self._in_place = InPlace(never=self._direct)
+        self._place: WritePlace | None = None
         self._status_in_place = InPlace()
         self._flush_in_place = InPlace()
         self._dsync = True
@@ -302,6 +303,18 @@ class File(Driver):
         if offset + done > self.size:
             self._grown(offset + done)
         return True
+
+    def place_writes(self) -> WritePlace | None:
+        if perf_counter() < self._in_place.paused_until:
+            return None
+        place = self._place
+        if place is None or place.size != self.size:
+            place = self._place = WritePlace(self._fd, 0, self.size, self._placed)
+        return place
+
+    def _placed(self, end: int, took_ns: int) -> None:
+        if took_ns > SLOW_S * 1e9:
+            self._in_place.was_slow(perf_counter())
 
     async def write_by(self, offset: int, length: int, writer: HostWriter) -> int:
         if self._direct:

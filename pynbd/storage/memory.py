@@ -17,7 +17,7 @@ import os
 from collections.abc import Sequence
 
 from pynbd.block import errors
-from pynbd.block.driver import Driver, Filler, Location, Preallocation
+from pynbd.block.driver import Driver, Filler, Location, Preallocation, WritePlace
 from pynbd.block.extents import Extent
 from pynbd.block.options import NodeOptions, Size
 from pynbd.storage import linux, sparse
@@ -52,6 +52,7 @@ class Memory(Driver):
             os.close(self._fd)
             raise errors.OptionError(f"memory: a disk of {self.options.size} bytes: {problem.strerror}") from None
         self.size = self.options.size
+        self._place = WritePlace(self._fd, 0, self.size, _nothing_to_do)
         self._map()
 
     async def close(self) -> None:
@@ -93,6 +94,11 @@ class Memory(Driver):
         if offset + done > self.size:
             self._grown(offset + done)
         return done == len(data)
+
+    def place_writes(self) -> WritePlace | None:
+        if self._place.size != self.size:
+            self._place = WritePlace(self._fd, 0, self.size, _nothing_to_do)
+        return self._place
 
     def fill_now(self, offset: int, length: int, filler: Filler) -> int | None:
         return None if self._memory is None else filler(self._memory[offset : offset + length])
@@ -138,3 +144,7 @@ class Memory(Driver):
 
     def has_zero_init(self) -> bool:
         return True
+
+
+def _nothing_to_do(end: int, took_ns: int) -> None:
+    """Writes to memory need nobody to know of them."""

@@ -1,0 +1,58 @@
+"""`WarmRegions`: which parts of files were in the page cache a moment ago, and had no holes.
+
+To ask the kernel that of a read takes as long as to send its bytes from there. So larger regions are asked for, and the
+answer is believed for a while: what was read just now is the last thing the kernel would drop. If it does all the
+same, one read waits for the disk, and no byte is wrong.
+"""
+
+from time import monotonic_ns
+
+from pynbd.block.driver import Location
+from pynbd.server.spans import is_whole
+from pynbd.storage import linux
+
+REGION_BYTES = 1 << 20
+
+BELIEVED_NS = 500_000_000
+
+MAX_REGIONS = 4096
+"""Those that are remembered; when there are more, all are forgotten."""
+
+
+class WarmRegions:
+    """Those of all files that one loop reads."""
+
+    __slots__ = ("_known",)
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], tuple[bool, int]] = {}
+        """By descriptor and number of the region: the answer, and until when it is believed."""
+
+    def hold(self, fd: int, offset: int, length: int) -> bool:
+        """Whether all regions that a range touches were warm when they were last asked for, lately.
+
+        Args:
+            fd: the file; where it is another one than lately, the answer may be that for the former.
+            offset, length: the range, in bytes.
+        """
+        first, last = offset // REGION_BYTES, (offset + length - 1) // REGION_BYTES
+        if first != last:
+            starts = range(first * REGION_BYTES, offset + length, REGION_BYTES)
+            return all(self.hold(fd, start, REGION_BYTES) for start in starts)
+        known, now = self._known, monotonic_ns()
+        warm, until = known.get((fd, first), (False, 0))
+        if until < now:
+            if len(known) >= MAX_REGIONS:
+                known.clear()
+            warm = _is_warm(fd, first * REGION_BYTES)
+            known[fd, first] = (warm, now + BELIEVED_NS)
+        return warm
+
+
+def _is_warm(fd: int, offset: int) -> bool:
+    """One that reaches past the end of the file is not."""
+    try:
+        readable = linux.readable_at_once(fd, offset, REGION_BYTES)
+    except OSError:
+        return False
+    return readable and is_whole(Location(fd, offset, REGION_BYTES))
