@@ -116,7 +116,9 @@ async def test_what_does_not_wait_is_left_out_of_the_path(graph: Graph) -> None:
     assert node.path.write != below.write
     assert not node.path.write_now(0, memoryview(b"x"))
     assert node.path.fill_now(0, 1, lambda _: pytest.fail("it does not wait")) is None
-    assert node.path._replace(write=below.write, write_now=below.write_now, fill_now=below.fill_now) == below
+    assert node.path.place_writes() is None
+    apart = {name: getattr(below, name) for name in ("write", "write_now", "place_writes", "fill_now")}
+    assert node.path._replace(**apart) == below
     reader = await delayed(graph, read="1ms")
     assert reader.path.locate(0, 512) is None
     assert not reader.driver.located_for_good()

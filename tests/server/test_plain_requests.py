@@ -1,6 +1,7 @@
 """Requests of which nothing need be said: answered without objects; what is anything else is left to others."""
 
 import asyncio
+import errno
 import os
 import random
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any
 import pytest
 
 from nbd_protocol.constants import Command, CommandFlag, Errno, ReplyMode
-from nbd_protocol.transmission import ServerTransmission
+from nbd_protocol.transmission import Batch, ServerTransmission
 from pynbd.block.statistics import Operation
+from pynbd.server.budget import RESERVE_BYTES
 from pynbd.server.export import Export
-from pynbd.server.scratch import INLINE_READ_BYTES, MAX_BATCH_REQUESTS
+from pynbd.server.scratch import INLINE_READ_BYTES, MAX_BATCH_REQUESTS, SLOT_BYTES
+from pynbd.storage import linux
 from tests.server.clients import LIMIT_S, MODES, Served, send_together, serving, the_connection, write
-from tests.server.held import HELD, held
+from tests.server.held import HELD, held, pattern
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -35,8 +38,11 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
 def no_objects(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever makes an object of a request fails."""
 
-    def parse(framing: ServerTransmission, data: memoryview, most: int) -> None:
-        raise AssertionError(f"{len(data)} bytes were left to the parser: {bytes(data[:28]).hex()}")
+    parse_all = ServerTransmission.parse
+
+    def parse(framing: ServerTransmission, data: memoryview, most: int) -> Batch:
+        assert not most, f"{len(data)} bytes were left to the parser: {bytes(data[:28]).hex()}"
+        return parse_all(framing, data, most)
 
     monkeypatch.setattr(ServerTransmission, "parse", parse)
 
@@ -180,3 +186,220 @@ async def test_what_may_move_is_copied(stays: bool, tmp_path: Path, monkeypatch:
         client = await served.connect()
         assert await client.read(64 * KIB, 64 * KIB) == file.read_bytes()[64 * KIB : 128 * KIB]
     assert sent == ([64 * KIB] if stays else [])
+
+
+@pytest.mark.usefixtures("no_objects")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("length", SLOT_BYTES)
+async def test_reads_that_are_alike(length: int, mode: ReplyMode, disk: dict[str, Any]) -> None:
+    """Many of one length, more than one turn has; then others behind them."""
+    source, size = random.Random(length), 8 * MIB
+    data = source.randbytes(size)
+    async with serving(disk) as served:
+        client = await served.connect(mode=mode)
+        for offset in range(0, size, 32 * KIB):
+            await client.write(offset, data[offset : offset + 32 * KIB])
+        before = counted(served)
+        for count in (2, 3, MAX_BATCH_REQUESTS - 1, MAX_BATCH_REQUESTS, MAX_BATCH_REQUESTS + 1, 150):
+            offsets = [source.randrange(size - length) for _ in range(count)]
+            requests: list[tuple[Any, ...]] = [(Command.READ, offset, length) for offset in offsets]
+            cookies = await send_together(client, *requests, write(5, data[5:6]), (Command.READ, 7, 9))
+            for cookie, offset in zip(cookies, offsets, strict=False):
+                reply = await client.reply(cookie)
+                assert (reply.error, bytes(reply.data)) == (0, data[offset : offset + length])
+            assert [bytes((await client.reply(cookie)).data) for cookie in cookies[-2:]] == [b"", data[7:16]]
+        reads = 2 + 3 + 3 * MAX_BATCH_REQUESTS + 150
+        grown = tuple(after - then for after, then in zip(counted(served), before, strict=True))
+        assert grown == (reads + 6, reads * length + 6 * 9, 6, 6)
+
+
+@pytest.mark.parametrize("wrong", ["beyond the end", "flags", "cookie only", "magic"])
+async def test_one_of_the_reads_that_are_alike_is_not(wrong: str, disk: dict[str, Any]) -> None:
+    async with serving(disk) as served:
+        client = await served.connect()
+        await client.write(0, b"a" * 64 * KIB)
+        good = (Command.READ, 4 * KIB, 4 * KIB)
+        odd: tuple[Any, ...] = {
+            "beyond the end": (Command.READ, 8 * MIB - 4 * KIB + 1, 4 * KIB),
+            "flags": (Command.READ, 0, 4 * KIB, CommandFlag.DF),
+            "cookie only": good,
+            "magic": good,
+        }[wrong]
+        if wrong == "magic":
+            headers = [b"".join(client.prepared(*request)[1]) for request in (good, good, odd)]
+            await client.send_bytes(headers[0] + headers[1] + b"\xff" + headers[2][1:])
+            async with asyncio.timeout(LIMIT_S):
+                await served.until_gone()
+            return
+        cookies = await send_together(client, good, good, odd, good)
+        replies = [await client.reply(cookie) for cookie in cookies]
+        assert [reply.error for reply in replies] == [0, 0, Errno.EINVAL if wrong == "beyond the end" else 0, 0]
+        assert {bytes(reply.data) for reply in replies if not reply.error} == {b"a" * 4 * KIB}
+
+
+@pytest.mark.usefixtures("no_objects")
+@pytest.mark.parametrize("mode", MODES)
+async def test_many_writes_go_where_the_disk_lies(mode: ReplyMode, disk: dict[str, Any]) -> None:
+    """And are found there, and flushed, and counted."""
+    source, model = random.Random(7), bytearray(8 * MIB)
+    async with serving(disk) as served:
+        client = await served.connect(mode=mode)
+        for offset in range(0, 8 * MIB, 32 * KIB):
+            await client.write(offset, bytes(32 * KIB))
+        node = served.node()
+        while node.children:
+            node = node.children["file"].node
+        before, generation, count = counted(served), node._generation, 0
+        for _ in range(20):
+            requests: list[tuple[Any, ...]] = []
+            expected: list[bytes] = []
+            for _ in range(20):
+                offset, data = source.randrange(8 * MIB - 512), source.randbytes(512)
+                requests += [write(offset, data), (Command.READ, offset, 512)]
+                model[offset : offset + 512] = data
+                expected += [b"", data]
+                count += 1
+            for cookie, wanted in zip(await send_together(client, *requests), expected, strict=True):
+                reply = await client.reply(cookie)
+                assert (reply.error, bytes(reply.data)) == (0, wanted)
+        grown = tuple(after - then for after, then in zip(counted(served), before, strict=True))
+        assert grown == (count, count * 512, count, count * 512)
+        assert node._generation > generation, "a flush has something to do"
+        assert node.write_highest_offset > 8 * MIB - 32 * KIB
+        assert await client.read(0, 64 * KIB) == model[: 64 * KIB]
+
+
+async def test_a_write_where_the_disk_lies_fails(disk: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told, and those before and behind it are made."""
+    pwrite = os.pwrite
+
+    def full(fd: int, data: memoryview, offset: int) -> int:
+        if offset == 4 * KIB:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    async with serving(disk) as served:
+        client = await served.connect()
+        cookies = await send_together(client, *(write(offset, b"z" * 512) for offset in range(0, 16 * KIB, 512)))
+        errors = [(await client.reply(cookie)).error for cookie in cookies]
+        assert errors == [Errno.ENOSPC if number == 8 else 0 for number in range(32)]
+        assert await client.read(8 * KIB, 512) == b"z" * 512
+        assert (await client.ask(Command.FLUSH)).error == 0
+
+
+@pytest.mark.usefixtures("no_objects")
+@pytest.mark.parametrize("mode", MODES)
+async def test_coroutines_that_need_not_wait(mode: ReplyMode) -> None:
+    """A driver that only has coroutines is read and written in the same loop."""
+    async with serving({"driver": HELD}) as served:
+        driver = held(served.node())
+        driver.release()
+        client = await served.connect(mode=mode)
+        requests: list[tuple[Any, ...]] = []
+        expected: list[bytes] = []
+        for number in range(40):
+            offset = number * 1000
+            if number % 3:
+                requests.append((Command.READ, offset, 100 * (number + 1)))
+                expected.append(pattern(offset, 100 * (number + 1)))
+            else:
+                requests.append(write(offset, bytes([number]) * 512))
+                expected.append(b"")
+        for cookie, data in zip(await send_together(client, *requests), expected, strict=True):
+            reply = await client.reply(cookie)
+            assert (reply.error, bytes(reply.data)) == (0, data)
+        assert driver.written == {number * 1000: bytes([number]) * 512 for number in range(0, 40, 3)}
+        assert counted(served) == (26, sum(map(len, expected)), 14, 14 * 512)
+        connection = the_connection(served)
+        assert connection.account.held == 0
+        assert connection.idle
+
+
+async def test_coroutines_that_wait() -> None:
+    """The first one goes on as a task, holds memory, and those behind it take the other ways."""
+    async with serving({"driver": HELD}) as served:
+        driver = held(served.node())
+        client = await served.connect()
+        connection = the_connection(served)
+        cookies = await send_together(
+            client, (Command.READ, 0, 4096), (Command.READ, 8, 4096), write(64, b"w" * 4096), (Command.READ, 16, 4096)
+        )
+        await driver.until(4)
+        assert connection.in_flight == 4
+        assert connection.account.held == 4 * 4096
+        driver.release()
+        replies = [await client.reply(cookie) for cookie in cookies]
+        assert [bytes(reply.data) for reply in replies] == [
+            pattern(0, 4096),
+            pattern(8, 4096),
+            b"",
+            pattern(16, 4096),
+        ]
+        assert driver.written == {64: b"w" * 4096}
+        assert connection.account.held == 0
+        assert counted(served) == (3, 3 * 4096, 1, 4096)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("problem", [OSError(errno.ENOSPC, "full"), RuntimeError("a mistake")])
+async def test_coroutines_that_fail(problem: Exception, waits: bool) -> None:
+    """Once, and the client is told of it."""
+    async with serving({"driver": HELD}) as served:
+        driver = held(served.node())
+        client = await served.connect()
+
+        def fail() -> None:
+            raise problem
+
+        if waits:
+            cookies = await send_together(client, (Command.READ, 0, 512), write(0, b"x" * 512))
+            await driver.until(2)
+            for request in driver.waiting:
+                request.go.set_exception(problem)
+            driver.waiting.clear()
+        else:
+            driver.release()
+            driver.on_call = fail
+            cookies = await send_together(client, (Command.READ, 0, 512), write(0, b"x" * 512))
+        expected = Errno.ENOSPC if isinstance(problem, OSError) else Errno.EIO
+        assert [(await client.reply(cookie)).error for cookie in cookies] == [expected] * 2
+        assert [call[0] for call in driver.calls] == ["read", "write"]
+        driver.on_call = None
+        driver.release()
+        assert await client.read(0, 512) == pattern(0, 512)
+        assert the_connection(served).account.held == 0
+
+
+async def test_who_holds_much_asks_before_more_begins() -> None:
+    """Where a connection's own share of memory is used up, requests wait for memory as ever."""
+    async with serving({"driver": HELD}) as served:
+        driver = held(served.node())
+        driver.release()
+        client = await served.connect()
+        connection = the_connection(served)
+        connection.account.charge(RESERVE_BYTES)
+        assert not connection._outstanding.may_begin_in_place(1)
+        assert await client.read(0, 512) == pattern(0, 512)
+        connection.account.give(RESERVE_BYTES)
+        assert connection._outstanding.may_begin_in_place(RESERVE_BYTES)
+        assert not connection._outstanding.may_begin_in_place(RESERVE_BYTES + 1)
+
+
+async def test_files_known_to_be_cached_are_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads that are sent from the page cache, all within one region of it."""
+    file = tmp_path / "disk"
+    file.write_bytes(random.Random(1).randbytes(2 * MIB))
+    asked: list[int] = []
+    readable_at_once = linux.readable_at_once
+
+    def counting(fd: int, offset: int, length: int) -> bool:
+        asked.append(offset)
+        return readable_at_once(fd, offset, length)
+
+    monkeypatch.setattr(linux, "readable_at_once", counting)
+    async with serving({"driver": "file", "filename": str(file)}) as served:
+        client = await served.connect()
+        for offset in range(0, MIB, 64 * KIB):
+            assert await client.read(offset, 64 * KIB) == file.read_bytes()[offset : offset + 64 * KIB]
+    assert asked == [0]

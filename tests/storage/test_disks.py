@@ -16,9 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pynbd.block.backend import BlockBackend
+from pynbd.block.bitmaps import DirtyBitmap
 from pynbd.block.driver import Preallocation
 from pynbd.block.permissions import Permission
 from pynbd.block.requests import RequestFlag
+from pynbd.storage.in_place import SLOW_S
 from tests.storage.conftest import OpenDisk, opened
 
 SIZE = 1 << 18
@@ -240,6 +242,60 @@ async def test_small_writes_in_place(kind: str, tmp_path: Path, open_disk: OpenD
             assert backend.size == size + 4
             await backend.read(size - 2, into)
             assert into.tobytes() == b"\0\0more"
+
+
+def place_of(backend: BlockBackend) -> tuple[int, int, int]:
+    """File, shift and size of the place for writes."""
+    place = backend.place_writes()
+    assert place is not None
+    return place[:3]
+
+
+@pytest.mark.parametrize("kind", DISKS)
+async def test_writes_that_others_make(kind: str, tmp_path: Path, open_disk: OpenDisk) -> None:
+    """A place for them is where a read finds them; the node learns of them, and whoever must see each gives none."""
+    async with open_disk(DISKS[kind](make_file(tmp_path))) as backend:
+        place, node = backend.place_writes(), backend.node
+        if node.driver.passes("place_writes"):
+            node = node.children["file"].node
+        assert (place is None) == ("direct" in kind)
+        if place is None:
+            return
+        assert place.size == backend.size
+        assert place_of(backend) == place[:3]
+        assert os.pwrite(place.fd, b"here", place.shift + 5000) == 4
+        generation = node._generation
+        place.made(5004, 1000)
+        assert node._generation > generation, "or the next flush would have nothing to do"
+        assert node.write_highest_offset == 5004
+        into = memoryview(bytearray(6))
+        await backend.read(4999, into)
+        assert into.tobytes() == b"\0here\0"
+        node.bitmaps["seen"] = DirtyBitmap("seen", backend.size, 512)
+        assert backend.place_writes() is None
+        del node.bitmaps["seen"]
+        assert place_of(backend) == place[:3]
+        backend.begin_drain()
+        assert backend.place_writes() is None
+        backend.end_drain()
+        assert backend.root is not None
+        backend.root.held &= ~Permission.WRITE
+        assert backend.place_writes() is None
+        backend.root.held |= Permission.WRITE
+        if "window" not in kind:
+            await backend.truncate(backend.size * 2)
+            assert place_of(backend) == (place.fd, place.shift, backend.size)
+
+
+async def test_writes_that_others_make_slowly(tmp_path: Path, open_disk: OpenDisk) -> None:
+    """Then threads make the next ones, so that nobody else has to wait for them."""
+    async with open_disk(DISKS["file"](make_file(tmp_path))) as backend:
+        place = backend.place_writes()
+        assert place is not None
+        place.made(1, int(SLOW_S * 1e9))
+        assert backend.place_writes() is place
+        place.made(1, int(SLOW_S * 1e9) + 1)
+        assert backend.place_writes() is None
 
 
 @pytest.mark.parametrize("kind", DISKS)
