@@ -46,7 +46,7 @@ from pynbd.server.limits import Pace
 from pynbd.server.outstanding import Outstanding
 from pynbd.server.payload import Payload
 from pynbd.server.plain_requests import PlainRequests
-from pynbd.server.scratch import INLINE_READ_BYTES, MAX_BATCH_REQUESTS, RECEIVE_BYTES, Scratch
+from pynbd.server.scratch import INLINE_READ_BYTES, LARGE_PAYLOAD_BYTES, MAX_BATCH_REQUESTS, RECEIVE_BYTES, Scratch
 from pynbd.server.span_reads import SpanReads
 from pynbd.server.wire import Item, Wire, together
 
@@ -112,7 +112,9 @@ class Connection:
         request_failed = request_failed or warn
         self.wire = make_wire(self)
         self._outstanding = outstanding = Outstanding(account, self.wire, in_flight, self._continue_soon)
-        self._framing = ServerTransmission(ready.mode, max_payload=self.rules.max_payload)
+        self._framing = ServerTransmission(
+            ready.mode, max_payload=self.rules.max_payload, large_payload=LARGE_PAYLOAD_BYTES
+        )
         self._batches = Batches(
             self.rules,
             replies,

@@ -5,8 +5,12 @@ from pynbd.server.buffers import BufferPool, anonymous_memory
 from pynbd.server.warm_regions import WarmRegions
 from pynbd.server.wire import PIECE_BYTES
 
-RECEIVE_BYTES = 256 << 10
-"""What one wake-up receives at the most (payloads of large writes go straight to buffers of their own)."""
+RECEIVE_BYTES = 260 << 10
+"""What one wake-up receives at the most: four writes of 64 KiB, and what goes with them."""
+
+LARGE_PAYLOAD_BYTES = 128 << 10
+"""From that length on a payload goes straight to a buffer of its own. Of a shorter one, what has come is kept when the
+rest has not, and is copied twice; to receive it by itself would take two more wake-ups."""
 
 INLINE_READ_BYTES = 64 << 10
 """Located reads up to this length are copied into the buffer of answers; longer ones are sent from the file."""
@@ -40,7 +44,7 @@ class Scratch:
 
     def __init__(self) -> None:
         self.buffers = BufferPool()
-        self.received = memoryview(bytearray(RECEIVE_BYTES + (128 << 10)))
+        self.received = memoryview(bytearray(RECEIVE_BYTES + LARGE_PAYLOAD_BYTES + PIECE_BYTES))
         self.arrived = self.received.toreadonly()
         """The same, for those who only look."""
         # At the start of a page: the kernel copies several times slower to addresses that are odd multiples of 16.
