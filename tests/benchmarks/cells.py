@@ -57,6 +57,7 @@ CELLS: Sequence[Cell] = (
     Cell("qemu-img-read-4k-d32", QemuImgBench(4 * KIB, 32)),
     Cell("qemu-img-read-64k-d16", QemuImgBench(64 * KIB, 16)),
     Cell("nbdcopy-read", NbdCopy()),
+    Cell("write-64k-d16", Fio("randwrite", 64 * KIB, 16)),
     Cell("filters3-read-4k-d32", Fio("randread", 4 * KIB, 32), Disk.FILTERED, _against(1.2)),
     *(
         # Memory has nothing to make durable: the cells of FUA and flush are the same as those without.

@@ -95,12 +95,16 @@ class Writer:
         length = len(data)
         if self.driver.encryption is not None or self.image.fence is not None:
             return False
-        host = self.map.owned_host_of(offset, length) or self.map.owned_run_at(offset, length)
-        if not host:
-            return self._allocate_now(offset, data)
-        if not self.has_data_file:
-            kinds, bits = self.image.metadata.kinds, self.map.bits
-            if any(cluster in kinds for cluster in range(host >> bits, (host + length - 1 >> bits) + 1)):
+        kinds, bits = self.image.metadata.kinds, self.map.bits
+        if host := self.map.owned_host_of(offset, length):
+            if not self.has_data_file and host >> bits in kinds:
+                return False
+        else:
+            host = self.map.owned_run_at(offset, length)
+            if not host:
+                return self._allocate_now(offset, data)
+            clusters = range(host >> bits, (host + length - 1 >> bits) + 1)
+            if not self.has_data_file and any(cluster in kinds for cluster in clusters):
                 return False
         if self.requests.in_flight and self._is_changing(offset, offset + length):
             return False
