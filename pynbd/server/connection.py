@@ -6,8 +6,8 @@ are ready together.
 
 The ways of a request:
 
-    plain       a read of up to 64 KiB or a write, without flags, that needs no waiting: no request is even made of it
-                (`plain_requests.py`)
+    plain       a read of up to 64 KiB or a write, without flags, that needs no waiting, also if a driver's coroutine
+                makes it: no request is even made of it (`plain_requests.py`)
     located     a small read behind one that was not plain: read in place into the buffer of answers (`batches.py`)
     in place    a write that a driver can make without waiting; all those of a batch that must be durable share one
                 flush, with the FLUSHes of the batch (`batches.py`)

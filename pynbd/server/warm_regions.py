@@ -15,8 +15,11 @@ REGION_BYTES = 1 << 20
 
 BELIEVED_NS = 500_000_000
 
-MAX_REGIONS = 4096
-"""Those that are remembered; when there are more, all are forgotten."""
+MAX_REGIONS = 16384
+"""Those that are remembered, in 2 MiB of memory; when there are more, all are forgotten."""
+
+REGION_BITS = 44
+"""Those of the number of a region: no file is longer than 8 EiB."""
 
 
 class WarmRegions:
@@ -25,8 +28,8 @@ class WarmRegions:
     __slots__ = ("_known",)
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, int], tuple[bool, int]] = {}
-        """By descriptor and number of the region: the answer, and until when it is believed."""
+        self._known: dict[int, int] = {}
+        """By descriptor and number of the region: until when it is believed to be warm, or, negative, not to be."""
 
     def hold(self, fd: int, offset: int, length: int) -> bool:
         """Whether all regions that a range touches were warm when they were last asked for, lately.
@@ -39,14 +42,14 @@ class WarmRegions:
         if first != last:
             starts = range(first * REGION_BYTES, offset + length, REGION_BYTES)
             return all(self.hold(fd, start, REGION_BYTES) for start in starts)
-        known, now = self._known, monotonic_ns()
-        warm, until = known.get((fd, first), (False, 0))
-        if until < now:
+        known, now, key = self._known, monotonic_ns(), fd << REGION_BITS | first
+        until = known.get(key, 0)
+        if abs(until) < now:
             if len(known) >= MAX_REGIONS:
                 known.clear()
-            warm = _is_warm(fd, first * REGION_BYTES)
-            known[fd, first] = (warm, now + BELIEVED_NS)
-        return warm
+            until = (now + BELIEVED_NS) * (1 if _is_warm(fd, first * REGION_BYTES) else -1)
+            known[key] = until
+        return until > 0
 
 
 def _is_warm(fd: int, offset: int) -> bool:

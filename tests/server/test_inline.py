@@ -288,3 +288,52 @@ async def test_conditions_queues_and_events() -> None:
         event.set()
 
     assert await run_inline(producer, consumer) == [["produced"], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("work", WORK)
+async def test_what_has_begun_goes_on_as_what_its_caller_likes(work: Work) -> None:
+    """`begin` gives what is left of a coroutine; whoever awaits it first is its task from then on."""
+    loop, noted = asyncio.get_running_loop(), []
+    starter = InlineStarter(loop)
+
+    async def body() -> None:
+        first = asyncio.current_task()
+        noted.append(await work())
+        assert first is not None
+        if isinstance(task := asyncio.current_task(), asyncio.Task):
+            assert first.get_name() == task.get_name()
+
+    async def around(rest: Coroutine[Any, Any, None]) -> None:
+        await rest
+        noted.append("around")
+
+    def wake_up() -> None:
+        rest = starter.begin(body())
+        if rest is not None:
+            starter.go_on(around(rest))
+
+    loop.call_soon(wake_up)
+    async with asyncio.timeout(10):
+        await asyncio.sleep(0)
+        while starter.tasks or not noted:
+            await asyncio.sleep(0)
+    waits = work not in (nothing, a_done_future)
+    assert noted == [await work()] + ["around"] * waits
+
+
+async def test_what_a_coroutine_raises_in_place_is_raised() -> None:
+    starter = InlineStarter(asyncio.get_running_loop())
+    caught: list[Any] = []
+
+    async def body() -> None:
+        raise OSError(5, "no")
+
+    def wake_up() -> None:
+        try:
+            starter.begin(body())
+        except OSError as problem:
+            caught.append((problem.errno, asyncio.current_task()))
+
+    asyncio.get_running_loop().call_soon(wake_up)
+    await asyncio.sleep(0.001)
+    assert caught == [(5, None)]
