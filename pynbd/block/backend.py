@@ -7,10 +7,10 @@ entered is never cancelled: whoever waits for it may go away, it runs to its end
 
 import asyncio
 import errno
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from enum import Enum
 from time import perf_counter_ns
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pynbd.block.child import Child
 from pynbd.block.driver import Filler, HostWriter, Location, Preallocation, WritePlace
@@ -120,6 +120,12 @@ class BlockBackend:
         """Have the kernel put data into memory that is the disk; see `Driver.fill_now`. What `write_now` says of who
         counts such writes, and makes them durable, holds here as well.
         """
+        self.start_read: Callable[[int, memoryview, int], Coroutine[Any, Any, None]] | None = None
+        self.start_write: Callable[[int, memoryview, int], Coroutine[Any, Any, None]] | None = None
+        """The node's own coroutines, for who runs them in place; None while requests are parked. What is within the
+        disk and the permissions, ends without having waited, and fails not, is counted by whoever made it; the others
+        are for `watched_read` and `watched_write`.
+        """
         self._ready = False
         self._drains = 0
         self._stopped = False
@@ -205,9 +211,11 @@ class BlockBackend:
         root = self.root
         self._ready = root is not None and not (self._drains or self._stopped or self._shut_down)
         self.locate, self.write_now, self.place_writes, self.fill_now = nowhere, not_now, no_place, never
+        self.start_read = self.start_write = None
         if self._ready and root is not None:
             self.locate, self.write_now = root.locate, writer_in_place(root)
             self.place_writes, self.fill_now = places_for_writes(root), filler_in_place(root)
+            self.start_read, self.start_write = root.read, root.write
 
     def _wake(self) -> None:
         self._bind()
@@ -315,7 +323,7 @@ class BlockBackend:
             raise io_error(errno.EPERM, self.name, f"{what} through a read-only user")
         return edge
 
-    # `read` and `write` are spelled out: what is usual is done in place, everything else by `_run`. A request of
+    # `read` and `write` are spelled out: what is usual is done by them, everything else by `_run`. A request of
     # 4 KiB takes a microsecond or two in all, and every call less is a tenth of it.
 
     async def read(self, offset: int, into: memoryview, flags: int = 0) -> None:
@@ -328,10 +336,24 @@ class BlockBackend:
         if not self._ready or edge is None or not length or offset < 0 or offset + length > edge.node.driver.size:
             await self._read_slowly(offset, into, flags)
             return
-        started = perf_counter_ns()
+        await self.watched_read(edge.read(offset, into, flags), offset, into, flags)
+
+    def watched_read(
+        self, reading: Awaitable[None], offset: int, into: memoryview, flags: int = 0
+    ) -> Coroutine[Any, Any, None]:
+        """A read that is under way at the node; what comes of it is treated as `read` does.
+
+        Args:
+            reading: what `start_read` gave, or what is left of it; it is in flight from now on.
+            offset, into, flags: those of the read.
+        """
         self.in_flight += 1
+        return self._watched_read(reading, offset, into, flags)
+
+    async def _watched_read(self, reading: Awaitable[None], offset: int, into: memoryview, flags: int) -> None:
+        started = perf_counter_ns()
         try:
-            await edge.read(offset, into, flags)
+            await reading
         except Exception as problem:
             policy = self._failed(problem, Operation.READ)
             if policy is ErrorPolicy.REPORT:
@@ -339,7 +361,7 @@ class BlockBackend:
         else:
             statistics = self.statistics
             statistics.operations[READ] += 1
-            statistics.bytes[READ] += length
+            statistics.bytes[READ] += len(into)
             statistics.time_ns[READ] += perf_counter_ns() - started
             return
         finally:
@@ -349,7 +371,7 @@ class BlockBackend:
         if policy is ErrorPolicy.STOP:
             await self._read_slowly(offset, into, flags)
         else:
-            into[:] = bytes(length)
+            into[:] = bytes(len(into))
 
     async def _read_slowly(self, offset: int, into: memoryview, flags: int) -> None:
         async def start(edge: Child) -> bool:
@@ -380,10 +402,19 @@ class BlockBackend:
         ):
             await self._write_slowly(offset, data, flags)
             return
-        started = perf_counter_ns()
+        await self.watched_write(edge.write(offset, data, flags), offset, data, flags)
+
+    def watched_write(
+        self, writing: Awaitable[None], offset: int, data: memoryview, flags: int = 0
+    ) -> Coroutine[Any, Any, None]:
+        """A write that is under way at the node. As `watched_read`."""
         self.in_flight += 1
+        return self._watched_write(writing, offset, data, flags)
+
+    async def _watched_write(self, writing: Awaitable[None], offset: int, data: memoryview, flags: int) -> None:
+        started = perf_counter_ns()
         try:
-            await edge.write(offset, data, flags)
+            await writing
         except Exception as problem:
             policy = self._failed(problem, Operation.WRITE)
             if policy is ErrorPolicy.REPORT:
@@ -391,7 +422,7 @@ class BlockBackend:
         else:
             statistics = self.statistics
             statistics.operations[WRITE] += 1
-            statistics.bytes[WRITE] += length
+            statistics.bytes[WRITE] += len(data)
             statistics.time_ns[WRITE] += perf_counter_ns() - started
             return
         finally:

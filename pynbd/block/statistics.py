@@ -27,11 +27,6 @@ class Statistics:
         self.failed = [0] * count
         self.time_ns = [0] * count
 
-    @property
-    def data_ns(self) -> int:
-        """What reads and writes took, together, in nanoseconds."""
-        return self.time_ns[Operation.READ] + self.time_ns[Operation.WRITE]
-
     def account(self, operation: int, operations: int, length: int, time_ns: int) -> None:
         """Count requests that were answered well.
 

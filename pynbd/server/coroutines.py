@@ -89,33 +89,48 @@ class Coroutines:
         """Read a little by the driver's coroutine.
 
         Returns:
-            the reply; None if it has to wait, or has failed: then the request has begun, and `ended` gets its reply.
+            the reply, and the caller counts the read; None if it has to wait, or has failed: then the request has
+            begun, and `ended` gets its reply.
         """
-        header = self._replies.read_header_size
+        header, backend = self._replies.read_header_size, self._backend
         reply = bytearray(header + length)
-        try:
-            rest = self._starter.begin(self._backend.read(offset, memoryview(reply)[header:]))
-        except Exception as problem:
-            rest = _raise(problem)
-        if rest is None:
-            self._replies.pack_read_header(reply, 0, cookie, offset, length)
-            return reply
+        into = memoryview(reply)[header:]
+        if (start := backend.start_read) is None:
+            reading = backend.read(offset, into)  # it is parked
+        else:
+            try:
+                rest = self._starter.begin(start(offset, into, 0))
+            except Exception as problem:
+                rest = _raise(problem)
+            if rest is None:
+                self._replies.pack_read_header(reply, 0, cookie, offset, length)
+                return reply
+            reading = backend.watched_read(rest, offset, into)
         self._begun(length)
         request = Request(READ, 0, cookie, offset, length)
-        self._starter.go_on(self._conclude(request, self._read_on(request, rest, reply), length, None))
+        self._starter.go_on(self._conclude(request, self._read_on(request, reading, reply), length, None))
         return None
 
     def write_in_place(self, cookie: int, offset: int, payload: memoryview) -> bool:
-        """Write a little by the driver's coroutine. As `read_in_place`; True: it was written."""
-        try:
-            rest = self._starter.begin(self._backend.write(offset, payload))
-        except Exception as problem:
-            rest = _raise(problem)
-        if rest is None:
-            return True
+        """Write a little by the driver's coroutine. As `read_in_place`; True: it was written.
+
+        It need not be durable: there are no flags, and a cache.
+        """
+        backend, edge = self._backend, self._backend.root
+        start = backend.start_write
+        if start is None or edge is None or not edge.may_write:
+            writing = backend.write(offset, payload)  # it is parked, or refused
+        else:
+            try:
+                rest = self._starter.begin(start(offset, payload, 0))
+            except Exception as problem:
+                rest = _raise(problem)
+            if rest is None:
+                return True
+            writing = backend.watched_write(rest, offset, payload)
         self._begun(len(payload))
         request = Request(WRITE, 0, cookie, offset, len(payload))
-        self._starter.go_on(self._conclude(request, self._write_on(request, rest), len(payload), None))
+        self._starter.go_on(self._conclude(request, self._write_on(request, writing), len(payload), None))
         return False
 
     async def _read_on(self, request: Request, rest: Awaitable[None], reply: bytearray) -> list[Item]:

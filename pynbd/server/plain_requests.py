@@ -123,9 +123,9 @@ class PlainRequests:
         # With extended headers a payload is announced by a flag.
         write_flags = framing.payload_flag if rules.writable and backend.write_cache else -1
         locate, preadv, write_now, pwrite = backend.locate, os.preadv, backend.write_now, os.pwrite
-        answers, coroutines, counted_ns = self._scratch.answers, self._coroutines, None
+        answers, coroutines, may_begin = self._scratch.answers, self._coroutines, False
         parts: list[Buffer] = []
-        position = part = reads = read_bytes = writes = written_bytes = in_place_bytes = 0
+        position = part = reads = read_bytes = writes = written_bytes = 0
         received = len(data)
         last = received - request_size
         started = perf_counter_ns()
@@ -145,7 +145,7 @@ class PlainRequests:
             if found != magic or length <= 0 or (offset | length) & misaligned_bits or stop > size:
                 break
             if kind == READ and not flags and length <= INLINE_READ_BYTES:
-                if read_bytes + in_place_bytes >= MAX_BATCH_BYTES:
+                if read_bytes >= MAX_BATCH_BYTES:
                     left = 0
                     break
                 if asks_for_disk and length < ALIGNED_READ_BYTES:
@@ -158,16 +158,16 @@ class PlainRequests:
                 elif (located := locate(offset, length)) is not None and located[2] == length:
                     fd, host_offset, _, nowait, _ = located
                 else:
-                    if counted_ns is None:
-                        if not self._may_begin():
-                            break
-                        counted_ns = backend.statistics.data_ns
+                    may_begin = may_begin or self._may_begin()
+                    if not may_begin:
+                        break
                     reply = coroutines.read_in_place(cookie, offset, length)
-                    in_place_bytes += length
                     done += request_size
                     left -= 1
                     if reply is None:
                         break
+                    reads += 1
+                    read_bytes += length
                     if position > part:
                         parts.append(answers[part:position])
                         part = position
@@ -209,23 +209,20 @@ class PlainRequests:
                         written = False  # the long way tells what has failed
                 else:
                     written = write_now(offset, data[start:end])
-                if written:
-                    writes += 1
-                    written_bytes += length
-                else:
+                if not written:
                     if length > INLINE_READ_BYTES:
                         break
-                    if counted_ns is None:
-                        if not self._may_begin():
-                            break
-                        counted_ns = backend.statistics.data_ns
+                    may_begin = may_begin or self._may_begin()
+                    if not may_begin:
+                        break
                     # What was received is overwritten at the next wake-up, and it may be waiting still.
                     written = coroutines.write_in_place(cookie, offset, memoryview(bytes(data[start:end])))
-                    in_place_bytes += length
                     if not written:
                         done = end
                         left -= 1
                         break
+                writes += 1
+                written_bytes += length
                 pack_done(answers, position, cookie, offset)
                 position += done_size
                 done = end
@@ -238,8 +235,6 @@ class PlainRequests:
             return 0, MAX_BATCH_REQUESTS - left
         took_ns = perf_counter_ns() - started
         statistics = backend.statistics
-        if counted_ns is not None:  # coroutines count what they do themselves
-            took_ns -= statistics.data_ns - counted_ns
         if writes:
             statistics.account(OPERATION_WRITE, writes, written_bytes, took_ns)
         if reads:
