@@ -13,10 +13,10 @@ from time import perf_counter_ns
 from typing import Any, TypeVar
 
 from pynbd.block.child import Child
-from pynbd.block.driver import Filler, HostWriter, Location, Preallocation, WritePlace
+from pynbd.block.driver import Filler, Finder, HostWriter, Location, Preallocation, WritePlace
 from pynbd.block.errors import io_error
 from pynbd.block.extents import ChainExtent, Status
-from pynbd.block.node import Node, never, no_place, not_now, nowhere
+from pynbd.block.node import Node, never, no_finder, no_place, not_now, nowhere
 from pynbd.block.permissions import ChildRole, Permission
 from pynbd.block.requests import RequestFlag
 from pynbd.block.statistics import Operation, Statistics
@@ -105,6 +105,8 @@ class BlockBackend:
         self.on_error: list[Callable[[OSError, Operation, ErrorPolicy], None]] = []
         self.locate: Callable[[int, int], Location | None] = nowhere
         """See `Driver.locate`; says "nowhere" while the graph is drained or the backend is stopped."""
+        self.finder: Callable[[], Finder | None] = no_finder
+        """See `Driver.finder`; what holds for `locate`, holds for it."""
         self.write_now: Callable[[int, memoryview], bool] = not_now
         """Put data at an offset without waiting, if that can be done in place; see `Driver.write_now`.
 
@@ -211,9 +213,10 @@ class BlockBackend:
         root = self.root
         self._ready = root is not None and not (self._drains or self._stopped or self._shut_down)
         self.locate, self.write_now, self.place_writes, self.fill_now = nowhere, not_now, no_place, never
+        self.finder = no_finder
         self.start_read = self.start_write = None
         if self._ready and root is not None:
-            self.locate, self.write_now = root.locate, writer_in_place(root)
+            self.locate, self.finder, self.write_now = root.locate, root.finder, writer_in_place(root)
             self.place_writes, self.fill_now = places_for_writes(root), filler_in_place(root)
             self.start_read, self.start_write = root.read, root.write
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from pynbd.block.driver import Filler, HostWriter, Location, WritePlace
+from pynbd.block.driver import Filler, Finder, HostWriter, Location, WritePlace
 from pynbd.block.extents import Extent
 from pynbd.block.permissions import ChildRole, Permission
 
@@ -24,6 +24,7 @@ class DataPath(NamedTuple):
     cache: Callable[[int, int], Coroutine[Any, Any, None]]
     flush: Callable[[], Coroutine[Any, Any, None]]
     locate: Callable[[int, int], Location | None]
+    finder: Callable[[], Finder | None]
     write_now: Callable[[int, memoryview], bool]
     place_writes: Callable[[], WritePlace | None]
     fill_now: Callable[[int, int, Filler], int | None]
@@ -74,6 +75,7 @@ class Child:
         "cache",
         "discard",
         "fill_now",
+        "finder",
         "flush",
         "locate",
         "may_write",
@@ -115,6 +117,7 @@ class Child:
         path = self.node.path
         self.read, self.write, self.write_zeroes, self.discard = path.read, path.write, path.write_zeroes, path.discard
         self.cache, self.flush, self.locate, self.write_now = path.cache, path.flush, path.locate, path.write_now
+        self.finder = path.finder
         self.place_writes, self.fill_now, self.write_by = path.place_writes, path.fill_now, path.write_by
 
     async def block_status(self, offset: int, length: int) -> Sequence[Extent]:

@@ -122,6 +122,12 @@ class ImageInfo(msgspec.Struct, kw_only=True, omit_defaults=True):
     specific: dict[str, Any] = {}
 
 
+Finder = Callable[[int, int], tuple[int, int, int] | None]
+"""Says where the bytes of a short read lie: `(offset, length)` gives the open file, the place in it, and the flags for
+`preadv`, or None: then `locate` is asked. It holds until whoever asked for it next lets the loop run.
+"""
+
+
 class WritePlace(NamedTuple):
     """Where writes may be put, all of the disk in its order, until whoever asked next lets the loop run.
 
@@ -299,6 +305,13 @@ class Driver:
     def located_for_good(self) -> bool:
         """Whether what `locate` says stays true as long as the node is open (raw files, not clusters)."""
         return False
+
+    def finder(self) -> Finder | None:
+        """Who says where many short reads lie, quicker than `locate` does for each; None if nobody.
+
+        A plain function, asked once for all reads of a wake-up. What is the same for all of them is looked at here.
+        """
+        return None
 
     def write_now(self, offset: int, data: memoryview) -> bool:
         """Write a little without waiting, or say no: then `write` is called with the same bytes.
@@ -487,7 +500,7 @@ class Filter(Driver):
 
     def passes(self, member: str) -> bool:
         kind = type(self)
-        if member == "locate" and kind.read is not Filter.read:
+        if member in ("locate", "finder") and kind.read is not Filter.read:
             return False
         if member in ("write_now", "place_writes", "fill_now", "write_by") and kind.write is not Filter.write:
             return False

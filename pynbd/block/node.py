@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING, Protocol
 from pynbd.block import status
 from pynbd.block.alignment import BOUNCE_BYTES, aligned_buffer, pieces, round_down, round_up, split_by_alignment
 from pynbd.block.child import Child, DataPath
-from pynbd.block.driver import Driver, Filler, Filter, HostWriter, ImageInfo, Location, Preallocation, WritePlace
+from pynbd.block.driver import (
+    Driver,
+    Filler,
+    Filter,
+    Finder,
+    HostWriter,
+    ImageInfo,
+    Location,
+    Preallocation,
+    WritePlace,
+)
 from pynbd.block.errors import io_error
 from pynbd.block.extents import ChainExtent, Extent
 from pynbd.block.objects import Objects
@@ -45,6 +55,11 @@ _numbers = itertools.count()
 
 def nowhere(offset: int, length: int) -> Location | None:
     """`locate` of a node that must see each read."""
+    return None
+
+
+def no_finder() -> Finder | None:
+    """`finder` of a node that must see each read, or has no quicker way than `locate`."""
     return None
 
 
@@ -195,6 +210,7 @@ class Node:
             cache=self.calls.cache,
             flush=self.flush,
             locate=driver.locate if type(driver).locate is not Driver.locate else nowhere,
+            finder=driver.finder if type(driver).finder is not Driver.finder else no_finder,
             write_now=self._write_now if immediate else not_now,
             place_writes=self._place_writes if placed else no_place,
             fill_now=self._fill_now if in_memory else never,
@@ -209,8 +225,8 @@ class Node:
             return not own_steps and len(self.children) == 1
         if not driver.passes(request):
             return False
-        if request in ("read", "cache", "locate"):
-            return self._tracker is None or request == "locate"
+        if request in ("read", "cache", "locate", "finder"):
+            return self._tracker is None or request in ("locate", "finder")
         # What one kind of write needs the node for, the others need it for too: bitmaps, tracking and policy.
         return (
             self._tracker is None

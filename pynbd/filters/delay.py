@@ -98,6 +98,7 @@ def delays_s(options: DelayOptions) -> dict[str, float]:
 WAITS_FOR = {
     "read": "read",
     "locate": "read",
+    "finder": "read",
     "write": "write",
     "write_now": "write",
     "place_writes": "write",

@@ -270,9 +270,11 @@ class PlainRequests:
         if slots is None:
             return 0, usual
         locate, preadv, pack, answers = self._backend.locate, os.preadv, replies.pack_read_header, self._scratch.answers
-        disk = self._whole_disk()
+        disk, find = self._whole_disk(), None
         if disk is not None:
             fd, shift, _, nowait, _ = disk
+        else:
+            find = self._backend.finder()
         reads, last_start = 0, size - usual
         requests = min(len(data) // request_size, MAX_BATCH_REQUESTS)
         headers = framing.iter_unpack(data[: requests * request_size])
@@ -287,15 +289,20 @@ class PlainRequests:
                     or offset > last_start
                 ):
                     break
-                if disk is None:
+                if disk is not None:
+                    host_offset = shift + offset
+                elif find is not None:
+                    place = find(offset, usual)
+                    if place is None:
+                        break
+                    fd, host_offset, nowait = place
+                else:
                     located = locate(offset, usual)
                     if located is None:
                         break
                     fd, host_offset, there, nowait, _ = located
                     if there != usual:
                         break
-                else:
-                    host_offset = shift + offset
                 if preadv(fd, into, host_offset, nowait) != usual:
                     break
                 pack(answers, position, cookie, offset, usual)

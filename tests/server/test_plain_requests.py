@@ -16,6 +16,7 @@ from pynbd.server.budget import RESERVE_BYTES
 from pynbd.server.export import Export
 from pynbd.server.scratch import INLINE_READ_BYTES, MAX_BATCH_REQUESTS, SLOT_BYTES
 from pynbd.storage import linux
+from tests.peers import require_tool, run
 from tests.server.clients import LIMIT_S, MODES, Served, send_together, serving, the_connection, write
 from tests.server.held import HELD, held, pattern
 
@@ -32,6 +33,20 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
     file = tmp_path / "disk.raw"
     file.write_bytes(b"\1" * 8 * MIB)
     return {"driver": "raw", "file": {"driver": "file", "filename": str(file)}}
+
+
+@pytest.fixture(params=["memory", "file", "qcow2"])
+def disk_or_image(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
+    """The same, or an image without holes."""
+    if request.param == "memory":
+        return MEMORY
+    file = tmp_path / "disk.raw"
+    file.write_bytes(b"\1" * 8 * MIB)
+    if request.param == "file":
+        return {"driver": "raw", "file": {"driver": "file", "filename": str(file)}}
+    image = tmp_path / "disk.qcow2"
+    run(require_tool("qemu-img"), "convert", "-f", "raw", "-O", "qcow2", file, image)
+    return {"driver": "qcow2", "file": {"driver": "file", "filename": str(image)}}
 
 
 @pytest.fixture
@@ -191,11 +206,11 @@ async def test_what_may_move_is_copied(stays: bool, tmp_path: Path, monkeypatch:
 @pytest.mark.usefixtures("no_objects")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("length", SLOT_BYTES)
-async def test_reads_that_are_alike(length: int, mode: ReplyMode, disk: dict[str, Any]) -> None:
+async def test_reads_that_are_alike(length: int, mode: ReplyMode, disk_or_image: dict[str, Any]) -> None:
     """Many of one length, more than one turn has; then others behind them."""
     source, size = random.Random(length), 8 * MIB
     data = source.randbytes(size)
-    async with serving(disk) as served:
+    async with serving(disk_or_image) as served:
         client = await served.connect(mode=mode)
         for offset in range(0, size, 32 * KIB):
             await client.write(offset, data[offset : offset + 32 * KIB])

@@ -4,6 +4,7 @@ from array import array
 from enum import IntEnum
 from typing import NamedTuple
 
+from pynbd.block.driver import Finder, Location
 from pynbd.formats.qcow2.image import Image
 from pynbd.formats.qcow2.layout import COMPRESSED, COPIED, OFFSET_MASK, SUBCLUSTERS, ZERO
 from pynbd.formats.qcow2.tables import Table
@@ -140,6 +141,37 @@ class ClusterMapping:
             return 0
         table.used = True
         return host + within
+
+    def finder(self, size: int, file: Location, below: Finder | None) -> Finder | None:
+        """`host_of` for many short reads: what is the same for all is looked up here. See `Driver.finder`.
+
+        Args:
+            size: of the disk, in bytes.
+            file: all of the file that the clusters lie in.
+            below: the same for what lies nowhere here.
+        """
+        if self.extended:
+            return None
+        slice_of, slice_bits, bits, index_mask = self._slices.get, self.slice_bits, self.bits, self.index_mask
+        cluster, within_mask, not_plain = self.cluster, self.cluster - 1, self.not_plain
+        fd, shift, file_size, flags, _ = file
+
+        def find(offset: int, length: int) -> tuple[int, int, int] | None:
+            table = slice_of(offset >> slice_bits)
+            within = offset & within_mask
+            if table is None or within + length > cluster or offset + length > size:
+                return None
+            entry = table.words[offset >> bits & index_mask]
+            if not entry:
+                return None if below is None else below(offset, length)
+            host = (entry & OFFSET_MASK) + within
+            # Zero, compressed or not aligned; in no place; or behind the end of the file.
+            if entry & not_plain or host < cluster or host + length > file_size:
+                return None
+            table.used = True
+            return fd, shift + host, flags
+
+        return find
 
     def owned_host_of(self, offset: int, length: int) -> int:
         """The same, if the cluster may be written in place."""

@@ -2,11 +2,11 @@
 
 import asyncio
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from pynbd.block.child import Child
-from pynbd.block.driver import Driver, Location
+from pynbd.block.driver import Driver, Finder, Location
 from pynbd.block.errors import io_error
 from pynbd.block.extents import Extent, Status
 from pynbd.block.options import NodeOptions
@@ -67,6 +67,14 @@ class ClusterReader(Driver):
             inside = min(found.stop, backing.size) - offset
             return backing.locate(offset, inside) if inside > 0 else None
         return None
+
+    def finder(self) -> Finder | None:
+        file = None if self.encryption is not None else self.guest_file.locate(0, self.guest_file.size)
+        if file is None or file.length != self.guest_file.size:
+            return None
+        backing = self.node.children.get("backing")
+        below = None if backing is None else backing.finder() or located_by(backing.locate)
+        return self.map.finder(self.size, file, below)
 
     async def read(self, offset: int, into: memoryview, flags: int) -> None:
         start, end = offset, offset + len(into)
@@ -181,3 +189,13 @@ class ClusterReader(Driver):
                 found.append(Extent(run, status))
             offset = piece.stop
         return found
+
+
+def located_by(locate: Callable[[int, int], Location | None]) -> Finder:
+    """A finder that asks `locate` each time."""
+
+    def find(offset: int, length: int) -> tuple[int, int, int] | None:
+        found = locate(offset, length)
+        return None if found is None or found.length != length else (found.fd, found.host_offset, found.flags)
+
+    return find

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -51,6 +52,54 @@ async def test_what_is_written_is_read_by_qemu(graph: Graph, tmp_path: Path, opt
     again = await Workload.opened(graph, in_file(path), work.model, seed=1)
     await again.check()
     await again.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "below"),
+    [
+        (options, below)
+        for options in OPTIONS
+        for below in ("", "raw", "qcow2", "data file")
+        if not (below in ("raw", "qcow2") and "preallocation" in options)
+        and not (below == "data file" and "0.10" in options)
+    ],
+)
+async def test_what_is_found_are_the_bytes(graph: Graph, tmp_path: Path, options: str, below: str) -> None:
+    """What a finder says of short reads, `locate` says too, and the bytes lie there, whatever was done to the image."""
+    size = 8 << 20 if "2M" in options else SIZE
+    base, model = None, bytes(size)
+    if below in ("raw", "qcow2"):
+        base, data = backing_file(tmp_path, size // 2 + 777)
+        model = data.ljust(size, b"\0")
+    if below == "qcow2":
+        image = tmp_path / "base.qcow2"
+        run(require_tool("qemu-img"), "convert", "-f", "raw", "-O", "qcow2", base, image)
+        base = image
+    wanted = options + f",data_file={tmp_path / 'data'}" if below == "data file" else options
+    path = made(tmp_path, wanted.removeprefix(","), size, base)
+    work = await Workload.opened(graph, in_file(path), model, seed=9)
+    found = 0
+    for _ in range(60):
+        await work.round(4)
+        find = work.driver.finder()
+        if find is None:
+            assert "extended_l2" in options or "encrypt" in options
+            continue
+        for _ in range(20):
+            length = work.random.choice([1, 512, 4096])
+            offset = work.random.randrange(size - length)
+            place = find(offset, length)
+            if place is None:
+                continue
+            fd, host_offset, flags = place
+            assert os.pread(fd, length, host_offset) == work.model[offset : offset + length]
+            located = work.driver.locate(offset, length)
+            assert located is not None
+            assert (located.fd, located.host_offset, located.length, located.flags) == (fd, host_offset, length, flags)
+            found += 1
+        assert find(size - 1, 2) is None
+    assert found > 10 or find is None
+    await work.close()
 
 
 @pytest.mark.parametrize("raw", [False, True])
