@@ -71,10 +71,9 @@ async def test_what_is_found_are_the_bytes(graph: Graph, tmp_path: Path, options
     if below in ("raw", "qcow2"):
         base, data = backing_file(tmp_path, size // 2 + 777)
         model = data.ljust(size, b"\0")
-    if below == "qcow2":
-        image = tmp_path / "base.qcow2"
-        run(require_tool("qemu-img"), "convert", "-f", "raw", "-O", "qcow2", base, image)
-        base = image
+        if below == "qcow2":
+            raw, base = base, tmp_path / "base.qcow2"
+            run(require_tool("qemu-img"), "convert", "-f", "raw", "-O", "qcow2", raw, base)
     wanted = options + f",data_file={tmp_path / 'data'}" if below == "data file" else options
     path = made(tmp_path, wanted.removeprefix(","), size, base)
     work = await Workload.opened(graph, in_file(path), model, seed=9)
