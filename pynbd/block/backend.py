@@ -13,10 +13,11 @@ from time import perf_counter_ns
 from typing import Any, TypeVar
 
 from pynbd.block.child import Child
+from pynbd.block.data_path import never, no_finder, no_place, not_now, nowhere
 from pynbd.block.driver import Filler, Finder, HostWriter, Location, Preallocation, WritePlace
 from pynbd.block.errors import io_error
 from pynbd.block.extents import ChainExtent, Status
-from pynbd.block.node import Node, never, no_finder, no_place, not_now, nowhere
+from pynbd.block.node import Node
 from pynbd.block.permissions import ChildRole, Permission
 from pynbd.block.requests import RequestFlag
 from pynbd.block.statistics import Operation, Statistics

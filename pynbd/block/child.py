@@ -1,34 +1,13 @@
-"""`Child`: an edge of the graph, and `DataPath`: what requests that travel along it call."""
+"""`Child`: an edge of the graph."""
 
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
-from pynbd.block.driver import Filler, Finder, HostWriter, Location, WritePlace
 from pynbd.block.extents import Extent
 from pynbd.block.permissions import ChildRole, Permission
 
 if TYPE_CHECKING:
     from pynbd.block.node import Node
-
-
-class DataPath(NamedTuple):
-    """The functions that serve requests to a node, with every node that adds nothing left out.
-
-    They are bound anew whenever the graph below changes, which happens only while nothing is in flight.
-    """
-
-    read: Callable[[int, memoryview, int], Coroutine[Any, Any, None]]
-    write: Callable[[int, memoryview, int], Coroutine[Any, Any, None]]
-    write_zeroes: Callable[[int, int, int], Coroutine[Any, Any, None]]
-    discard: Callable[[int, int], Coroutine[Any, Any, None]]
-    cache: Callable[[int, int], Coroutine[Any, Any, None]]
-    flush: Callable[[], Coroutine[Any, Any, None]]
-    locate: Callable[[int, int], Location | None]
-    finder: Callable[[], Finder | None]
-    write_now: Callable[[int, memoryview], bool]
-    place_writes: Callable[[], WritePlace | None]
-    fill_now: Callable[[int, int, Filler], int | None]
-    write_by: Callable[[int, int, HostWriter], Coroutine[Any, Any, int]]
 
 
 class Parent(Protocol):

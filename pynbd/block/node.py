@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING, Protocol
 
 from pynbd.block import status
 from pynbd.block.alignment import BOUNCE_BYTES, aligned_buffer, pieces, round_down, round_up, split_by_alignment
-from pynbd.block.child import Child, DataPath
+from pynbd.block.child import Child
+from pynbd.block.data_path import DataPath, by_nobody, never, no_finder, no_place, not_now, nowhere
 from pynbd.block.driver import (
     Driver,
     Filler,
     Filter,
-    Finder,
     HostWriter,
     ImageInfo,
-    Location,
     Preallocation,
     WritePlace,
 )
@@ -51,36 +50,6 @@ SERIALISING = int(RequestFlag.SERIALISING)
 UNSUPPORTED = (errno.ENOTSUP, errno.EOPNOTSUPP)
 
 _numbers = itertools.count()
-
-
-def nowhere(offset: int, length: int) -> Location | None:
-    """`locate` of a node that must see each read."""
-    return None
-
-
-def no_finder() -> Finder | None:
-    """`finder` of a node that must see each read, or has no quicker way than `locate`."""
-    return None
-
-
-def not_now(offset: int, data: memoryview) -> bool:
-    """`write_now` of a node that must see each write in its own time."""
-    return False
-
-
-def no_place() -> WritePlace | None:
-    """`place_writes` of a node that must see each write, or does not lie in a file as it is."""
-    return None
-
-
-def never(offset: int, length: int, filler: Filler) -> int | None:
-    """`fill_now` of a node that must see each write, or is no memory."""
-    return None
-
-
-async def by_nobody(offset: int, length: int, writer: HostWriter) -> int:
-    """`write_by` of a node that must see each write."""
-    return 0
 
 
 class WriteGuard(Protocol):

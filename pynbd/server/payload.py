@@ -6,7 +6,7 @@ from time import perf_counter_ns
 
 from nbd_protocol.transmission import Request
 from pynbd.block.backend import BlockBackend
-from pynbd.block.node import never
+from pynbd.block.data_path import never
 from pynbd.server.budget import Account
 from pynbd.server.buffers import BufferPool
 from pynbd.storage import linux

@@ -9,9 +9,9 @@ import errno
 from typing import TYPE_CHECKING
 
 from pynbd.block.alignment import round_down, round_up
+from pynbd.block.data_path import by_nobody
 from pynbd.block.driver import HostWriter
 from pynbd.block.errors import io_error
-from pynbd.block.node import by_nobody
 from pynbd.block.requests import RequestTracker, TrackedRequest
 from pynbd.formats.qcow2.given_up import Cause
 from pynbd.formats.qcow2.layout import (
