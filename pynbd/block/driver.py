@@ -502,6 +502,11 @@ class Filter(Driver):
         kind = type(self)
         if member in ("locate", "finder") and kind.read is not Filter.read:
             return False
+        # Who wants to be asked for each request must not be passed by many at a time.
+        if member == "finder" and kind.locate is not Filter.locate:
+            return False
+        if member == "place_writes" and kind.write_now is not Filter.write_now:
+            return False
         if member in ("write_now", "place_writes", "fill_now", "write_by") and kind.write is not Filter.write:
             return False
         return getattr(kind, member) is getattr(Filter, member)
