@@ -5,7 +5,8 @@ raises: whatever happens, there is a reply, and what was reserved for the reques
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any
 
 from nbd_protocol.constants import Command, CommandFlag, Errno
 from nbd_protocol.transmission import Replies, Request
@@ -98,17 +99,13 @@ class Coroutines:
         if (start := backend.start_read) is None:
             reading = backend.read(offset, into)  # it is parked
         else:
-            try:
-                rest = self._starter.begin(start(offset, into, 0))
-            except Exception as problem:
-                rest = _raise(problem)
+            rest = self._run(start(offset, into, 0))
             if rest is None:
                 self._replies.pack_read_header(reply, 0, cookie, offset, length)
                 return reply
             reading = backend.watched_read(rest, offset, into)
-        self._begun(length)
         request = Request(READ, 0, cookie, offset, length)
-        self._starter.go_on(self._conclude(request, self._read_on(request, reading, reply), length, None))
+        self._go_on(request, self._read_on(request, reading, reply))
         return None
 
     def write_in_place(self, cookie: int, offset: int, payload: memoryview) -> bool:
@@ -121,17 +118,25 @@ class Coroutines:
         if start is None or edge is None or not edge.may_write:
             writing = backend.write(offset, payload)  # it is parked, or refused
         else:
-            try:
-                rest = self._starter.begin(start(offset, payload, 0))
-            except Exception as problem:
-                rest = _raise(problem)
+            rest = self._run(start(offset, payload, 0))
             if rest is None:
                 return True
             writing = backend.watched_write(rest, offset, payload)
-        self._begun(len(payload))
         request = Request(WRITE, 0, cookie, offset, len(payload))
-        self._starter.go_on(self._conclude(request, self._write_on(request, writing), len(payload), None))
+        self._go_on(request, self._write_on(request, writing))
         return False
+
+    def _run(self, coro: Coroutine[Any, Any, None]) -> Coroutine[Any, Any, None] | None:
+        """What is left of a coroutine that was run in place: None if it has ended; a failure is left to be met."""
+        try:
+            return self._starter.begin(coro)
+        except Exception as problem:
+            return _raise(problem)
+
+    def _go_on(self, request: Request, answering: Awaitable[list[Item]]) -> None:
+        """A request that was tried in place has begun: it becomes a task."""
+        self._begun(request.length)
+        self._starter.go_on(self._conclude(request, answering, request.length, None))
 
     async def _read_on(self, request: Request, rest: Awaitable[None], reply: bytearray) -> list[Item]:
         await rest

@@ -12,6 +12,9 @@ LARGE_PAYLOAD_BYTES = 128 << 10
 """From that length on a payload goes straight to a buffer of its own. Of a shorter one, what has come is kept when the
 rest has not, and is copied twice; to receive it by itself would take two more wake-ups."""
 
+MAX_HEADER_BYTES = 64
+"""More than a request has before its payload."""
+
 INLINE_READ_BYTES = 64 << 10
 """Located reads up to this length are copied into the buffer of answers; longer ones are sent from the file."""
 
@@ -44,7 +47,7 @@ class Scratch:
 
     def __init__(self) -> None:
         self.buffers = BufferPool()
-        self.received = memoryview(bytearray(RECEIVE_BYTES + LARGE_PAYLOAD_BYTES + PIECE_BYTES))
+        self.received = memoryview(bytearray(RECEIVE_BYTES + LARGE_PAYLOAD_BYTES + MAX_HEADER_BYTES))
         self.arrived = self.received.toreadonly()
         """The same, for those who only look."""
         # At the start of a page: the kernel copies several times slower to addresses that are odd multiples of 16.

@@ -418,3 +418,23 @@ async def test_files_known_to_be_cached_are_asked_once(tmp_path: Path, monkeypat
         for offset in range(0, MIB, 64 * KIB):
             assert await client.read(offset, 64 * KIB) == file.read_bytes()[offset : offset + 64 * KIB]
     assert asked == [0]
+
+
+async def test_coroutines_of_a_drained_graph() -> None:
+    """What comes meanwhile is parked, and done when the drain is over."""
+    async with serving({"driver": HELD}) as served:
+        driver, backend = held(served.node()), served.server.exports[""].backend
+        driver.release()
+        client = await served.connect()
+        backend.begin_drain()
+        cookies = await send_together(client, (Command.READ, 8, 512), write(64, b"w" * 512), (Command.READ, 16, 512))
+        async with asyncio.timeout(LIMIT_S):
+            while backend.parked < 3:
+                await asyncio.sleep(0)
+        assert backend.in_flight == 0
+        assert not driver.calls
+        backend.end_drain()
+        replies = [await client.reply(cookie) for cookie in cookies]
+        assert [bytes(reply.data) for reply in replies] == [pattern(8, 512), b"", pattern(16, 512)]
+        assert driver.written == {64: b"w" * 512}
+        assert counted(served) == (2, 1024, 1, 512)
