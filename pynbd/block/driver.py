@@ -24,7 +24,7 @@ The contract:
 import os
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import msgspec
 
@@ -126,6 +126,23 @@ Finder = Callable[[int, int], tuple[int, int, int] | None]
 """Says where the bytes of a short read lie: `(offset, length)` gives the open file, the place in it, and the flags for
 `preadv`, or None: then `locate` is asked. It holds until whoever asked for it next lets the loop run.
 """
+
+
+class ReadQueue(Protocol):
+    """Short reads of one open file, for which nobody waits: they are told when they have ended."""
+
+    def put(self, offset: int, into: memoryview, ended: Callable[[int], None]) -> None:
+        """Add a read; it begins with the next `submit`.
+
+        Args:
+            offset: where in the file, in bytes.
+            into: memory for the bytes; it is not to be touched until the read has ended.
+            ended: called by the event loop or from within `submit`, with how many bytes there were, or the negated
+                number of an error. It raises nothing.
+        """
+
+    def submit(self) -> None:
+        """Begin the reads that were added."""
 
 
 class WritePlace(NamedTuple):
@@ -306,6 +323,12 @@ class Driver:
         """Whether what `locate` says stays true as long as the node is open (raw files, not clusters)."""
         return False
 
+    def read_queue(self) -> ReadQueue | None:
+        """Who makes short reads that have to wait, of the one file that `locate` names; None if nobody: then `read`
+        is called for each. What was located for good is read past this driver so.
+        """
+        return None
+
     def finder(self) -> Finder | None:
         """Who says where many short reads lie, quicker than `locate` does for each; None if nobody.
 
@@ -485,6 +508,9 @@ class Filter(Driver):
 
     def located_for_good(self) -> bool:
         return self.passes("locate") and self.file.node.driver.located_for_good()
+
+    def read_queue(self) -> ReadQueue | None:
+        return self.file.node.driver.read_queue() if self.passes("locate") else None
 
     async def truncate(self, size: int, preallocation: Preallocation, *, exact: bool) -> None:
         await self.file.node.truncate(size, preallocation, exact=exact)

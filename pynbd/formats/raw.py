@@ -21,6 +21,7 @@ from pynbd.block.driver import (
     ImageInfo,
     Location,
     Preallocation,
+    ReadQueue,
     WritePlace,
 )
 from pynbd.block.extents import Extent
@@ -157,6 +158,9 @@ class Raw(Driver):
 
     def located_for_good(self) -> bool:
         return self.file.node.driver.located_for_good()
+
+    def read_queue(self) -> ReadQueue | None:
+        return self.file.node.driver.read_queue()
 
     # --- size and shape ------------------------------------------------------------------------------------
 

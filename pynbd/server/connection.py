@@ -43,6 +43,7 @@ from pynbd.server.in_flight import InFlight
 from pynbd.server.inline import InlineStarter
 from pynbd.server.late_reads import LateReads
 from pynbd.server.limits import Pace
+from pynbd.server.missed_reads import MissedReads
 from pynbd.server.outstanding import Outstanding
 from pynbd.server.payload import Payload
 from pynbd.server.plain_requests import PlainRequests
@@ -132,6 +133,7 @@ class Connection:
         self._coroutines = Coroutines(
             execution, replies, starter, account, scratch.buffers, peer, outstanding.begun_in_place, self._answer
         )
+        misses = MissedReads(self._coroutines, replies, outstanding, account, export.read_queue, self._answer)
         self._plain = PlainRequests(
             self._framing,
             self.rules,
@@ -140,6 +142,7 @@ class Connection:
             scratch,
             self.wire,
             self._coroutines,
+            misses,
             stay=export.located_for_good,
             may_begin=lambda: outstanding.may_begin_in_place(INLINE_READ_BYTES),
             lost=self._lose,

@@ -44,7 +44,7 @@ class Coroutines:
         ended: called with a reply, and how many requests have ended with it; also from within a call that starts one.
     """
 
-    __slots__ = ("_account", "_backend", "_begun", "_buffers", "_ended", "_execution", "_peer", "_replies", "_starter")
+    __slots__ = ("_account", "_begun", "_buffers", "_ended", "_execution", "_peer", "_replies", "_starter", "backend")
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Coroutines:
         ended: Callable[[Sequence[Item], int], None],
     ) -> None:
         self._execution = execution
-        self._backend = execution.backend
+        self.backend = execution.backend
         self._replies = replies
         self._starter = starter
         self._account = account
@@ -93,7 +93,7 @@ class Coroutines:
             the reply, and the caller counts the read; None if it has to wait, or has failed: then the request has
             begun, and `ended` gets its reply.
         """
-        header, backend = self._replies.read_header_size, self._backend
+        header, backend = self._replies.read_header_size, self.backend
         reply = bytearray(header + length)
         into = memoryview(reply)[header:]
         if (start := backend.start_read) is None:
@@ -113,7 +113,7 @@ class Coroutines:
 
         It need not be durable: there are no flags, and a cache.
         """
-        backend, edge = self._backend, self._backend.root
+        backend, edge = self.backend, self.backend.root
         start = backend.start_write
         if start is None or edge is None or not edge.may_write:
             writing = backend.write(offset, payload)  # it is parked, or refused
@@ -178,7 +178,7 @@ class Coroutines:
         self._ended(answer, 1)
 
     async def _write(self, request: Request, payload: memoryview, done: int) -> None:
-        backend, flags = self._backend, FUA if request.flags & COMMAND_FUA else 0
+        backend, flags = self.backend, FUA if request.flags & COMMAND_FUA else 0
         if not done:
             await backend.write(request.offset, payload, flags)
             return
@@ -190,7 +190,7 @@ class Coroutines:
     async def _make_durable(self, requests: Sequence[Request]) -> None:
         execution = self._execution
         try:
-            await self._backend.flush(sum(request.type == FLUSH for request in requests))
+            await self.backend.flush(sum(request.type == FLUSH for request in requests))
             answers: list[Item] = [self._replies.done(request) for request in requests]
         except OSError as problem:
             answers = [execution.error(request, problem) for request in requests]

@@ -15,6 +15,7 @@ from nbd_protocol.constants import (
 from nbd_protocol.negotiation import MAX_MIN_BLOCK_BYTES, ExportInfo
 from pynbd.block.backend import BlockBackend
 from pynbd.block.bitmaps import DirtyBitmap
+from pynbd.block.driver import ReadQueue
 from pynbd.block.errors import OptionError
 from pynbd.block.extents import ChainExtent, Status
 from pynbd.block.node import Node
@@ -128,6 +129,11 @@ class Export:
     def located_for_good(self) -> bool:
         """Whether what `BlockBackend.locate` says holds as long as the disk is open; see `Driver.located_for_good`."""
         return self.backend.node.driver.located_for_good()
+
+    def read_queue(self) -> ReadQueue | None:
+        """Who makes short reads of a file that have to wait; see `Driver.read_queue`."""
+        driver = self.backend.node.driver
+        return driver.read_queue() if driver.located_for_good() else None
 
     # --- metadata contexts --------------------------------------------------------------------------------
 

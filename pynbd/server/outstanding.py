@@ -91,6 +91,15 @@ class Outstanding:
         """
         return not self.requests and self._account.held + length <= RESERVE_BYTES and self.has_room_for(length)
 
+    def room_in_place(self, length: int) -> int:
+        """How many requests with so many bytes each may begin without asking for each of them: what is held stays
+        within what a connection may always hold.
+        """
+        if not self.has_room_for(length):
+            return 0
+        room = min(MAX_REQUESTS_IN_FLIGHT - self.requests, (RESERVE_BYTES - self._account.held) // length)
+        return room if self._part is None else min(room, 1)
+
     def begun_in_place(self, length: int) -> None:
         """It did not end at once, and holds so many bytes."""
         self.requests += 1

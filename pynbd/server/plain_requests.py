@@ -1,10 +1,10 @@
 """`PlainRequests`: from the bytes of a client to those for it in one loop, for requests of which nothing need be said.
 
-These are short reads whose bytes lie in an open file and are in memory, writes without flags that a driver can make
-in place, and both of drivers whose coroutines end without having waited: nearly all that a busy client asks for. What
-costs them most is what is done for each of them, so here nothing is: no object is made of a request, and nobody is
-asked whether it may be refused. The first one that is anything else ends the loop, and `ServerTransmission` and
-`Batches` go on from there.
+These are short reads whose bytes lie in an open file, writes without flags that a driver can make in place, and both of
+drivers whose coroutines end without having waited: nearly all that a busy client asks for. What costs them most is what
+is done for each of them, so here nothing is: no object is made of a request, and nobody is asked whether it may be
+refused. Reads whose bytes are not in memory are begun together at the end (`MissedReads`). The first request that is
+anything else ends the loop, and `ServerTransmission` and `Batches` go on from there.
 
 This is the hottest code of the server: what it needs for each request are local names.
 """
@@ -21,6 +21,7 @@ from pynbd.block.statistics import Operation
 from pynbd.server.buffers import Buffer
 from pynbd.server.coroutines import Coroutines
 from pynbd.server.execution import HOLE_READ_BYTES
+from pynbd.server.missed_reads import Missed, MissedReads
 from pynbd.server.scratch import (
     ALIGNED_READ_BYTES,
     ALIGNMENT,
@@ -55,6 +56,7 @@ class PlainRequests:
         scratch: the loop's buffers.
         wire: where the answers leave.
         coroutines: reads and writes what only a driver's coroutine can.
+        misses: makes the reads that have to wait.
         stay: whether bytes stay where `locate` says they are.
         may_begin: whether one of those may begin without asking for room and memory.
         lost: called when the answers can't be sent.
@@ -65,8 +67,10 @@ class PlainRequests:
         "_backend",
         "_coroutines",
         "_framing",
+        "_gone",
         "_lost",
         "_may_begin",
+        "_misses",
         "_replies",
         "_rules",
         "_scratch",
@@ -83,6 +87,7 @@ class PlainRequests:
         scratch: Scratch,
         wire: Wire,
         coroutines: Coroutines,
+        misses: MissedReads,
         *,
         stay: Callable[[], bool],
         may_begin: Callable[[], bool],
@@ -97,7 +102,9 @@ class PlainRequests:
         self._coroutines = coroutines
         self._stay = stay
         self._may_begin = may_begin
+        self._misses = misses
         self._lost = lost
+        self._gone = False
         # Where holes can be told, larger reads ask for them first.
         self._asks_from = HOLE_READ_BYTES if replies.can_send_holes else INLINE_READ_BYTES + 1
 
@@ -125,20 +132,22 @@ class PlainRequests:
         locate, preadv, write_now, pwrite = backend.locate, os.preadv, backend.write_now, os.pwrite
         answers, coroutines, may_begin = self._scratch.answers, self._coroutines, False
         parts: list[Buffer] = []
+        missed: list[Missed] = []
         position = part = reads = read_bytes = writes = written_bytes = 0
         received = len(data)
         last = received - request_size
         started = perf_counter_ns()
         if last >= request_size:
-            reads, length = self._answer_alike(data)
+            reads, length = self._answer_alike(data, missed)
             position, read_bytes = reads * (header + length), reads * length
-        done, left = reads * request_size, MAX_BATCH_REQUESTS - reads
+        begun = reads + len(missed)
+        done, left = begun * request_size, MAX_BATCH_REQUESTS - begun
         # Where all of the disk lies is asked for once, if there are several requests.
         asks_for_disk = asks_for_place = done < last
         disk: Location | None = None
         located: Location | None
         place, placed_end = None, 0
-        fd = shift = nowait = 0
+        fd = shift = nowait = room = 0
         while left and done <= last:
             found, flags, kind, cookie, offset, length = unpack_from(data, done)
             stop = offset + length
@@ -177,19 +186,26 @@ class PlainRequests:
                     start = position + header
                     end = start + length
                     try:
-                        if preadv(fd, [answers[start:end]], host_offset, nowait) != length:
-                            break
+                        read = preadv(fd, [answers[start:end]], host_offset, nowait) == length
                     except OSError:
-                        break  # not in memory, or failed
-                    pack(answers, position, cookie, offset, length)
-                    position = end
+                        read = False  # not in memory, or failed
+                    if read:
+                        pack(answers, position, cookie, offset, length)
+                        position = end
                 else:
                     went = self._answer_longer(located, cookie, offset, position, part, parts)
-                    if went is None:
+                    read = went is not None
+                    if went is not None:
+                        position, part = went
+                    elif length >= self._asks_from and not is_whole(located):
                         break
-                    position, part = went
-                reads += 1
-                read_bytes += length
+                if read:
+                    reads += 1
+                    read_bytes += length
+                elif nowait and len(missed) < (room := room or self._misses.room(length)):
+                    missed.append((cookie, offset, length, host_offset))
+                else:
+                    break
                 done += request_size
             elif kind == WRITE and flags == write_flags:
                 start = done + request_size
@@ -247,14 +263,17 @@ class PlainRequests:
             elif position:  # if not, all was sent with bytes of files
                 self._wire.send_borrowed(answers[:position])
         except OSError as problem:
-            self._lost(problem)
+            self._lose(problem)
+        if missed and not self._gone:
+            self._misses.begin(missed)
         return done, MAX_BATCH_REQUESTS - left
 
-    def _answer_alike(self, data: memoryview) -> tuple[int, int]:
+    def _answer_alike(self, data: memoryview, missed: list[Missed]) -> tuple[int, int]:
         """Answer the short reads of one length at the beginning of what was received: most of what many clients ask.
 
         Args:
             data: as for `serve`, several requests.
+            missed: gets those among them whose bytes are not in memory.
 
         Returns:
             how many were answered, into the buffer of answers, and their length.
@@ -275,41 +294,49 @@ class PlainRequests:
             fd, shift, _, nowait, _ = disk
         else:
             find = self._backend.finder()
-        reads, last_start = 0, size - usual
+        reads, last_start, room = 0, size - usual, 0
         requests = min(len(data) // request_size, MAX_BATCH_REQUESTS)
         headers = framing.iter_unpack(data[: requests * request_size])
-        try:
-            for (found, flags, kind, cookie, offset, length), (position, into) in zip(headers, slots, strict=False):
-                if (
-                    length != usual
-                    or kind != READ
-                    or flags
-                    or found != magic
-                    or offset & misaligned_bits
-                    or offset > last_start
-                ):
+        for found, flags, kind, cookie, offset, length in headers:
+            if (
+                length != usual
+                or kind != READ
+                or flags
+                or found != magic
+                or offset & misaligned_bits
+                or offset > last_start
+            ):
+                break
+            if disk is not None:
+                host_offset = shift + offset
+            elif find is not None:
+                place = find(offset, usual)
+                if place is None:
                     break
-                if disk is not None:
-                    host_offset = shift + offset
-                elif find is not None:
-                    place = find(offset, usual)
-                    if place is None:
-                        break
-                    fd, host_offset, nowait = place
-                else:
-                    located = locate(offset, usual)
-                    if located is None:
-                        break
-                    fd, host_offset, there, nowait, _ = located
-                    if there != usual:
-                        break
-                if preadv(fd, into, host_offset, nowait) != usual:
+                fd, host_offset, nowait = place
+            else:
+                located = locate(offset, usual)
+                if located is None:
                     break
-                pack(answers, position, cookie, offset, usual)
-                reads += 1
-        except OSError:
-            pass  # not in memory, or failed
+                fd, host_offset, there, nowait, _ = located
+                if there != usual:
+                    break
+            position, into = slots[reads]
+            try:
+                if preadv(fd, into, host_offset, nowait) == usual:
+                    pack(answers, position, cookie, offset, usual)
+                    reads += 1
+                    continue
+            except OSError:
+                pass  # not in memory, or failed
+            if not nowait or len(missed) >= (room := room or self._misses.room(usual)):
+                break
+            missed.append((cookie, offset, usual, host_offset))
         return reads, usual
+
+    def _lose(self, problem: OSError) -> None:
+        self._gone = True
+        self._lost(problem)
 
     def _whole_disk(self) -> Location | None:
         """Where all of the disk lies, for the requests of this wake-up; None if not in one piece."""
@@ -347,7 +374,7 @@ class PlainRequests:
             try:
                 self._wire.send_with_file(answers[:start], located.fd, located.host_offset, length)
             except OSError as problem:
-                self._lost(problem)
+                self._lose(problem)
                 return None
             return 0, 0
         start += -start % ALIGNMENT

@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pynbd.block import errors
-from pynbd.block.driver import Driver, HostWriter, Location, Preallocation, WritePlace
+from pynbd.block.driver import Driver, HostWriter, Location, Preallocation, ReadQueue, WritePlace
 from pynbd.block.errors import OptionError, PermissionConflict
 from pynbd.block.extents import Extent
 from pynbd.block.limits import Limits
@@ -201,6 +201,9 @@ class File(Driver):
 
     def located_for_good(self) -> bool:
         return self._nowait is not None
+
+    def read_queue(self) -> ReadQueue | None:
+        return self._ring or self._open_ring()
 
     async def read(self, offset: int, into: memoryview, flags: int) -> None:
         length = len(into)

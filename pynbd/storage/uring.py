@@ -4,6 +4,8 @@ What is not in the page cache has to come from the disk. A thread that waits for
 over the interpreter's lock, for every few requests. Here the reads of one turn of the event loop are handed to the
 kernel by one call, and what has arrived is collected by none: both sides look at a ring in shared memory. The bytes are
 copied into their buffer by this thread all the same, so that large reads are better made by others.
+
+`ReadRing` is the `ReadQueue` of drivers for files.
 """
 
 import asyncio
@@ -13,6 +15,7 @@ import mmap
 import os
 import struct
 from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 from pynbd.storage import linux
@@ -64,7 +67,7 @@ class ReadRing:
         except BaseException:
             os.close(self._ring)
             raise
-        self._waiting: dict[int, tuple[asyncio.Future[int], memoryview]] = {}
+        self._waiting: dict[int, tuple[Callable[[int], None], memoryview]] = {}
         self._prepared: deque[tuple[int, int, memoryview]] = deque()
         self._last = 0
         self._due = False
@@ -108,14 +111,32 @@ class ReadRing:
         Raises:
             OSError: what the file said.
         """
-        self._last = tag = self._last + 1
         done: asyncio.Future[int] = self._loop.create_future()
-        self._waiting[tag] = (done, into)
-        self._prepared.append((tag, offset, into))
+
+        def ended(result: int) -> None:
+            if done.cancelled():
+                pass  # whoever asked is gone; the buffer was kept for the kernel until now
+            elif result < 0:
+                done.set_exception(OSError(-result, os.strerror(-result)))
+            else:
+                done.set_result(result)
+
+        self.put(offset, into, ended)
         if not self._due:
             self._due = True
             self._loop.call_soon(self._submit)
         return done
+
+    def put(self, offset: int, into: memoryview, ended: Callable[[int], None]) -> None:
+        """As `ReadQueue`."""
+        self._last = tag = self._last + 1
+        self._waiting[tag] = (ended, into)
+        self._prepared.append((tag, offset, into))
+
+    def submit(self) -> None:
+        """As `ReadQueue`."""
+        self._submit()
+        self._reap()
 
     def _submit(self) -> None:
         """Hand over what this turn has prepared, as far as the kernel's ring has room."""
@@ -155,7 +176,7 @@ class ReadRing:
         words[self._tail] = head
         for slot in range(head, head + ((tail - head) & WORD)):
             tag = SQE.unpack_from(self._sqes, (slot & self._mask) * SQE.size)[-1]
-            self._waiting.pop(tag)[0].set_exception(problem)
+            self._waiting.pop(tag)[0](-(problem.errno or errno.EIO))
 
     def _reap(self) -> None:
         """Tell those whose reads have ended."""
@@ -165,13 +186,8 @@ class ReadRing:
             tag, result, _ = CQE.unpack_from(rings, cqes + (head & mask) * CQE.size)
             head = (head + 1) & WORD
             words[self._completion_head] = head
-            done, _ = self._waiting.pop(tag)
-            if done.cancelled():
-                pass  # whoever asked is gone; the buffer was kept for the kernel until now
-            elif result < 0:
-                done.set_exception(OSError(-result, os.strerror(-result)))
-            else:
-                done.set_result(result)
+            ended, _ = self._waiting.pop(tag)
+            ended(result)
             if head == tail:
                 tail = words[self._completion_tail]
         if self._prepared and not self._due:

@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 
 from tests.benchmarks.commands import ImgCommand
 from tests.benchmarks.disks import EMPTY_IMAGE_BYTES
-from tests.benchmarks.loads import CachedBesideUncached, Fio, Load, Memory, NbdCopy, QemuImgBench, Start
+from tests.benchmarks.loads import CachedBesideUncached, Fio, Load, Memory, NbdCopy, QemuImgBench, Start, Uncached
 from tests.benchmarks.servers import Disk
 
 KIB = 1 << 10
@@ -58,6 +58,8 @@ CELLS: Sequence[Cell] = (
     Cell("qemu-img-read-64k-d16", QemuImgBench(64 * KIB, 16)),
     Cell("nbdcopy-read", NbdCopy()),
     Cell("write-64k-d16", Fio("randwrite", 64 * KIB, 16)),
+    Cell("uncached-4k-d32", Uncached("randread", 4 * KIB, 32)),
+    Cell("uncached-64k-d4", Uncached("randread", 64 * KIB, 4)),
     Cell("filters3-read-4k-d32", Fio("randread", 4 * KIB, 32), Disk.FILTERED, _against(1.2)),
     *(
         # Memory has nothing to make durable: the cells of FUA and flush are the same as those without.

@@ -19,7 +19,17 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.benchmarks.loads import WARM_UP_S, WRITE_AREA_BYTES, Fio, Load, NbdCopy, QemuImgBench, Sample, Start
+from tests.benchmarks.loads import (
+    WARM_UP_S,
+    WRITE_AREA_BYTES,
+    Fio,
+    Load,
+    NbdCopy,
+    QemuImgBench,
+    Sample,
+    Start,
+    Uncached,
+)
 from tests.peers import ROOT, run
 
 REQUEST_BYTES = 28
@@ -73,6 +83,8 @@ class Exchange:
 def exchange_of(load: Load) -> Exchange | None:
     """The exchange that a load comes to; None where no limit can be had in this way."""
     match load:
+        case Uncached():
+            return None
         case Fio():
             read_percent = {"randread": 100, "read": 100, "randrw": load.read_percent}.get(load.rw, 0)
             return _exchange(load.block_bytes, load.depth * load.connections, read_percent, load.flush_every)

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Protocol
 
@@ -249,6 +249,19 @@ class NbdCopy:
 
     def _copy(self, place: Place) -> None:
         place.client("nbdcopy", place.peer.uri(), "null:")
+
+
+@dataclass(frozen=True)
+class Uncached(Fio):
+    """The same of what is not in the page cache, but has to come from the disk."""
+
+    def measure(self, place: Place) -> Sample:
+        """Drop the file from the cache before."""
+        fincore = shutil.which("fincore", path=SYSTEM_PATH)
+        assert fincore, "fincore was there when the run began"
+        left = cool(place.disks.random, 0, fincore)
+        note = (f"{left:.0%} stayed cached",) if left > 0.01 else ()
+        return replace(super().measure(place), notes=note)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from tests.benchmarks.loads import (
     Place,
     Sample,
     Start,
+    Uncached,
     fill,
     start_to_first_read,
     tls_uri,
@@ -217,7 +218,7 @@ def _one(row: Row, server: Server, run_: Run) -> Sample:
         for path in files:
             row.resident(server.name, warm(path, _fincore()))
         sample = cell.load.measure(Place(peer, setup.disks, size_bytes, plan.seconds, "1" if plan.pin else ""))
-    if isinstance(cell.load, CachedBesideUncached):
+    if isinstance(cell.load, CachedBesideUncached | Uncached):
         row.remarks.extend(f"{server.name}: {note}" for note in sample.notes)
     else:
         for path in files:

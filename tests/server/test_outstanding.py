@@ -33,6 +33,23 @@ def test_requests_have_a_cap() -> None:
     assert not it.has_room_for(0)
 
 
+def test_what_may_begin_in_place_stays_within_the_reserve() -> None:
+    it, account, wire = outstanding()
+    assert it.room_in_place(4 * KIB) == RESERVE_BYTES // (4 * KIB)
+    account.charge(RESERVE_BYTES - 10 * KIB)
+    assert it.room_in_place(4 * KIB) == 2
+    account.charge(10 * KIB)
+    assert it.room_in_place(1) == 0
+    account.give(RESERVE_BYTES)
+    it.requests = MAX_REQUESTS_IN_FLIGHT - 1
+    assert it.room_in_place(1) == 1
+    it.requests = 0
+    wire.unsent = MAX_UNSENT_BYTES + 1
+    assert it.room_in_place(1) == 0
+    limited, _, _ = outstanding(InFlight(2, 0))
+    assert limited.room_in_place(1) == 1
+
+
 def test_bytes_have_a_cap_but_for_a_single_request() -> None:
     it, account, _ = outstanding()
     account.charge(MAX_BYTES_IN_FLIGHT)
