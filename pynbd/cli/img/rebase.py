@@ -176,7 +176,7 @@ class Rebase:
         await self._write(offset + start, before[start:end])
 
     async def _write(self, offset: int, data: memoryview) -> None:
-        from pynbd.block.node import is_zero
+        from pynbd.block.node_requests import is_zero
 
         if data and is_zero(data):
             await self._image.backend.write_zeroes(offset, len(data), 0)
