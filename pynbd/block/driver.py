@@ -24,7 +24,7 @@ The contract:
 import os
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -187,6 +187,11 @@ class Driver:
     """Writes past the end make it longer."""
     zero_past_end: ClassVar[bool] = False
     """Reads past the end give zeroes, without help from the block layer."""
+    several_processes: ClassVar[Literal["never", "reading", "always"]] = "never"
+    """Whether several processes may have the same disk open at once, each with a driver of its own, and clients of all
+    see one disk (`pynbd serve --workers`): never, because a process keeps what the others would have to know; only for
+    reading; or always: what one has answered to a write, the others read, and a flush of any of them covers it.
+    """
     write_flags: int = 0
     """The request flags that `write` itself honours; the block layer does FUA by a flush otherwise."""
     write_zeroes_flags: int = 0

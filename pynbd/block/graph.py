@@ -66,9 +66,13 @@ class Graph:
 
     Args:
         objects: secrets and the like that nodes refer to by id; others may be made later.
+        shared: whether this process is one of several that have the same disks open, and another one of them has opened
+            them before and holds the locks. Files are locked, but none of the others is taken for a stranger; a flush
+            always has something to do, for the others write as well.
     """
 
-    def __init__(self, objects: Objects | None = None) -> None:
+    def __init__(self, objects: Objects | None = None, *, shared: bool = False) -> None:
+        self.shared = shared
         self.nodes: dict[str, Node] = {}
         self.objects = Objects() if objects is None else objects
         self._foreseen: frozenset[str] = frozenset()
@@ -284,7 +288,7 @@ class Graph:
             raise
 
     async def _open_node(self, plan: Plan, children: Mapping[str, Node], above: tuple[str, ...]) -> Node:
-        node = Node(plan.kind(plan.options), plan.options, self.objects)
+        node = Node(plan.kind(plan.options), plan.options, self.objects, shared=self.shared)
         if node.name in self.nodes or node.name in self._opening:
             raise OptionError(f"node-name: there is a node {node.name!r} already")
         self._opening.add(node.name)

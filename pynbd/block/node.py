@@ -39,11 +39,13 @@ class Node(NodeRequests):
         driver: not yet opened; the graph opens it once the children are attached.
         options: what every node takes, and the driver's own.
         objects: secrets and the like that the options may refer to by id.
+        shared: whether this process is one of several that have the disk open; see `Graph`.
     """
 
-    def __init__(self, driver: Driver, options: NodeOptions, objects: Objects) -> None:
+    def __init__(self, driver: Driver, options: NodeOptions, objects: Objects, *, shared: bool = False) -> None:
         super().__init__(driver, options, options.node_name or f"#{driver.name}{next(_numbers)}")
         self.objects = objects
+        self.shared = shared
         self.parents: list[Child] = []
         self.opened = False
         self.drained_sections: list[DrainedSection] = []
@@ -100,7 +102,7 @@ class Node(NodeRequests):
             passed = {name for name in DataPath._fields if self._left_out_of(name)}
             own = DataPath(*(getattr(below.path if name in passed else own, name) for name in DataPath._fields))
             self.growable = self.growable or (self.is_filter and below.growable)
-        self._counts_writes = "write" not in passed
+        self._counts_writes = not self.shared and "write" not in passed
         self.path = own
         for edge in self.parents:
             edge.bind()
@@ -108,7 +110,7 @@ class Node(NodeRequests):
                 edge.parent.below_changed(edge)
 
     def _own_path(self) -> DataPath:
-        self._counts_writes = True
+        self._counts_writes = not self.shared  # others write as well, and what they were told of is to be flushed here
         driver, limits = self.driver, self.driver.limits
         plain = self._tracker is None and limits.request_alignment == 1 and limits.max_transfer == 0
         unwatched = self.write_guard is None and self.options.detect_zeroes == "off"

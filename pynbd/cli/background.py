@@ -35,7 +35,14 @@ def daemonize() -> int:
 
 
 def report_ready(announce: int) -> None:
-    """Leave the terminal and the pipes of who started us, and tell the parent that clients can connect.
+    """Leave the terminal and the pipes of who started us, and tell the parent that clients can connect."""
+    leave_streams()
+    os.write(announce, b"1")
+    os.close(announce)
+
+
+def leave_streams() -> None:
+    """Leave the terminal and the pipes of who started us.
 
     Where the standard error is a file it stays: there is a log.
     """
@@ -44,8 +51,6 @@ def report_ready(announce: int) -> None:
         if stream < 2 or not stat.S_ISREG(os.fstat(stream).st_mode):
             os.dup2(null, stream)
     os.close(null)
-    os.write(announce, b"1")
-    os.close(announce)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from pynbd.server.config import Config
 ADDRESSES = {"bind": "-b", "port": "-p", "socket": "-k", "vsock": "--vsock"}
 """Arguments that say where to listen."""
 
-NOT_FOR_ONE = {**ADDRESSES, "run": "--run", "fork": "--fork", "shared": "-e"}
+NOT_FOR_ONE = {**ADDRESSES, "run": "--run", "fork": "--fork", "shared": "-e", "workers": "--workers"}
 """Arguments that mean nothing where one client is there already."""
 
 

@@ -14,6 +14,9 @@ from pynbd.server.service_manager import ServiceManager
 
 log = logging.getLogger(__name__)
 
+LOG = "log"
+"""What `Reload` calls the log file to others."""
+
 
 class Reload:
     """Reads files again when it is called.
@@ -23,15 +26,22 @@ class Reload:
         log_file: opened anew, if there is one.
         manager: told of it.
         stop: asked for where SIGHUP means that the terminal is gone at which we were started.
+        others: told the name of each that was read again, and `LOG` when the log file was opened anew.
     """
 
     def __init__(
-        self, files: Mapping[str, Callable[[], None]], log_file: LogFile | None, manager: ServiceManager, stop: Stop
+        self,
+        files: Mapping[str, Callable[[], None]],
+        log_file: LogFile | None,
+        manager: ServiceManager,
+        stop: Stop,
+        others: Callable[[str], None] | None = None,
     ) -> None:
         self._files = files
         self._log_file = log_file
         self._manager = manager
         self._stop = stop
+        self._others = others or (lambda _: None)
         self._had_terminal = os.isatty(0)
 
     def __call__(self) -> None:
@@ -57,6 +67,7 @@ class Reload:
                     extra=about(events.RELOAD_FAILED, error=told(problem)),
                 )
             else:
+                self._others(name)
                 log.info("%s were read again", name, extra=about(events.RELOADED))
         if not self._files:
             log.info("there is nothing to be read again", extra=about(events.RELOADED))
@@ -68,3 +79,5 @@ class Reload:
             self._log_file.reopen()
         except OSError as problem:
             log.error("the log goes on where it was: %s", told(problem), extra=about(events.RELOAD_FAILED))
+        else:
+            self._others(LOG)

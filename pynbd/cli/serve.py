@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from pynbd.cli.objects import add_object_argument
 
@@ -28,6 +28,9 @@ examples:
   pynbd serve --run 'qemu-img info "$uri"' x.raw
         only as long as a command runs
 """
+
+MAX_WORKERS = 64
+"""As that of the configuration file, which is not imported for the help."""
 
 ELSEWHERE = {
     ("-L", "--list"): "`pynbd list URI` lists the exports of a server",
@@ -59,6 +62,11 @@ def number(least: int, most: int, what: str) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def workers(text: str) -> int | Literal["auto"]:
+    """A type for argparse: how many workers."""
+    return "auto" if text == "auto" else number(1, MAX_WORKERS, "number of workers, nor auto")(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -266,6 +274,12 @@ def _add_life_arguments(group: Group) -> None:
             metavar="PATH",
             help=f"with --confine: {what} there all the same (repeatable)",
         )
+    group.add_argument(
+        "--workers",
+        type=workers,
+        metavar="N",
+        help="processes that serve the clients, for many of them (default: 1; auto: one for each processor)",
+    )
     group.add_argument("--config", metavar="FILE", help="read server, nodes and exports from a TOML file")
     group.add_argument("--check-config", action="store_true", help="only check all this; no disk is opened")
     group.add_argument(

@@ -20,6 +20,7 @@ from pynbd.server.check import (
     check_export,
     check_objects,
     check_tls,
+    check_workers,
     export_rule,
     told_at,
 )
@@ -92,6 +93,7 @@ def configuration(arguments: argparse.Namespace, at_end: contextlib.ExitStack) -
         client_limits=client_limits(arguments.client_limits)
         if arguments.client_limits
         else config.server.client_limits,
+        workers=arguments.workers or config.server.workers,
     )
     made = (*config.objects, *(objects.parse(text) for text in arguments.object))
     config = msgspec.structs.replace(config, server=with_tls(server, arguments), objects=made, exports=exports)
@@ -104,6 +106,7 @@ def configuration(arguments: argparse.Namespace, at_end: contextlib.ExitStack) -
     check_all_access(
         config, lambda name, number: rule_flag(number, arguments) if name in named else export_rule(name, number)
     )
+    check_workers(config)
     return config
 
 

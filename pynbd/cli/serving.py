@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -30,6 +30,10 @@ from pynbd.server.loop import serving_loop
 from pynbd.server.service import Service, open_service
 from pynbd.server.service_manager import ServiceManager
 
+if TYPE_CHECKING:
+    from pynbd.cli.privileges import Privileges
+    from pynbd.server.workers import Workers
+
 log = logging.getLogger(__name__)
 
 
@@ -44,6 +48,7 @@ class Start(NamedTuple):
         announce: where to tell the process that started us that clients can connect; None where that is no matter.
         at_end: what is cleared away when all is closed, and also where that comes at once.
         log_file: where the log goes, if not to the standard error.
+        workers: processes that serve the clients, if there are any.
     """
 
     arguments: argparse.Namespace
@@ -53,6 +58,7 @@ class Start(NamedTuple):
     announce: int | None
     at_end: contextlib.ExitStack
     log_file: LogFile | None
+    workers: "Workers | None" = None
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -79,8 +85,13 @@ def run_logged(arguments: argparse.Namespace, log_file: LogFile | None) -> int:
             if handed:
                 config = without_addresses(config)
             announce = daemonize() if arguments.fork else None
+            start = Start(arguments, config, handed, manager, announce, at_end, log_file)
+            if config.server.workers != 1:
+                from pynbd.cli.workers import with_workers
+
+                start = with_workers(start)
             with asyncio.Runner(loop_factory=serving_loop) as runner:
-                return runner.run(serve(Start(arguments, config, handed, manager, announce, at_end, log_file)))
+                return runner.run(serve(start))
     except (OSError, BlockError) as problem:
         failed(told(problem), problem, manager, log_file)
     except Exception as problem:
@@ -122,23 +133,24 @@ async def serve(start: Start) -> int:
     stop = Stop(at_end)
     if arguments.exit_with_parent:
         stop.after(until_parent_has_gone())
-    privileges = None
-    if arguments.user or arguments.group or arguments.confine:
-        from pynbd.cli.privileges import Privileges
-
-        privileges = Privileges(arguments)
+    privileges = privileges_of(arguments)
     async with contextlib.AsyncExitStack() as closing:
         with stop.interrupting(start.announce):
-            service = await closing.enter_async_context(open_service(start.config, handed=start.handed))
+            service = await closing.enter_async_context(opened(start))
         at_end.callback(service.server.unlink_sockets)
         at_end.enter_context(pid_file(arguments.pid_file))
         if privileges is not None:
             privileges.give_up(service)
         if arguments.exit_last:
-            service.server.on_client_gone.append(lambda: None if service.server.connections else stop.request())
+            service.server.on_client_gone.append(lambda: None if service.server.using else stop.request())
         if start.handed and not any(one.listens for one in start.handed):
             stop.after(service.server.until_idle())  # all clients that there will ever be are here
-        reload = Reload(files_to_reload(start, service), start.log_file, start.manager, stop)
+        workers = start.workers
+        if workers is not None:
+            stop.after(workers.until_none_is_left())
+        others = None if workers is None else workers.reload
+        files = files_to_reload(start, service, functools.partial(reload_rules, start, service))
+        reload = Reload(files, start.log_file, start.manager, stop, others)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
         if not start.handed:
             say_ready(service, start.config, arguments)
@@ -151,18 +163,46 @@ async def serve(start: Start) -> int:
         if arguments.run is not None:
             from pynbd.cli.companion import run_command
 
-            return await run_command(arguments.run, service, stop, at_end, start.config.server.tls_certificates)
-        await stop.requested.wait()
-    return 0
+            status = await run_command(arguments.run, service, stop, at_end, start.config.server.tls_certificates)
+        else:
+            await stop.requested.wait()
+            status = 0
+        if workers is not None and workers.are_lost:
+            raise BlockError("no worker process is left to serve the clients")
+    return status
 
 
-def files_to_reload(start: Start, service: Service) -> dict[str, Callable[[], None]]:
-    """What SIGHUP reads again, and how."""
+def opened(start: Start) -> contextlib.AbstractAsyncContextManager[Service]:
+    """What is to be served."""
+    return open_service(start.config, handed=start.handed, workers=start.workers)
+
+
+def privileges_of(arguments: argparse.Namespace) -> "Privileges | None":
+    """What is to be given up once all is open, if anything is. To be made before anything starts a thread.
+
+    Raises:
+        OptionError: there is no such user or group.
+    """
+    if not (arguments.user or arguments.group or arguments.confine):
+        return None
+    from pynbd.cli.privileges import Privileges
+
+    return Privileges(arguments)
+
+
+def files_to_reload(start: Start, service: Service, reload_rules: Callable[[], None]) -> dict[str, Callable[[], None]]:
+    """What SIGHUP reads again, and how.
+
+    Args:
+        start: how the server was started.
+        service: what it serves.
+        reload_rules: reads the configuration file.
+    """
     files: dict[str, Callable[[], None]] = {}
     if service.server.tls is not None:
         files["certificates and keys"] = service.server.tls.credentials.reload
     if start.arguments.config:
-        files[f"rules of {start.arguments.config}"] = functools.partial(reload_rules, start, service)
+        files[f"rules of {start.arguments.config}"] = reload_rules
     return files
 
 
@@ -172,6 +212,22 @@ def reload_rules(start: Start, service: Service) -> None:
     Raises:
         OptionError: something is wrong with it; the old rules stay.
     """
+    config = read_anew(start)
+    service.change_rules(config)
+    if without_rules(config) != without_rules(start.config):
+        log.warning(
+            "%s: what else has changed there than rules and limits wants a restart",
+            start.arguments.config,
+            extra=about(events.RELOADED),
+        )
+
+
+def read_anew(start: Start) -> Config:
+    """What the configuration file says now.
+
+    Raises:
+        OptionError: something is wrong with it.
+    """
     arguments, before = start.arguments, start.config
     with contextlib.ExitStack() as nothing_new:
         # What a command is run for (and where it finds us) was settled at the start.
@@ -180,13 +236,7 @@ def reload_rules(start: Start, service: Service) -> None:
         config = msgspec.structs.replace(
             config, server=msgspec.structs.replace(config.server, listen=before.server.listen)
         )
-    service.change_rules(config)
-    if without_rules(config) != without_rules(before):
-        log.warning(
-            "%s: what else has changed there than rules and limits wants a restart",
-            arguments.config,
-            extra=about(events.RELOADED),
-        )
+    return config
 
 
 def begin_end(manager: ServiceManager) -> None:

@@ -13,3 +13,4 @@ class NoFilter(Filter):
     """Pass everything to the child `file`, unchanged and at no cost."""
 
     name = "nofilter"
+    several_processes = "always"

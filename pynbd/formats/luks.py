@@ -110,6 +110,7 @@ class LuksFormat(Driver):
 
     name = "luks"
     is_format = True
+    several_processes = "always"  # all that it keeps is the key
     Options = LuksFormatOptions
     CreateOptions = LuksCreationOptions
     AmendOptions: ClassVar[type[msgspec.Struct]] = LuksAmendOptions

@@ -57,6 +57,7 @@ class Raw(Driver):
     CreateOptions = CreationOptions
     children: ClassVar[Mapping[str, ChildSpec]] = {"file": ChildSpec(ChildRole.DATA)}
     growable = True
+    several_processes = "always"
     # The node below answers a FUA write only when it is durable, by whatever means it has.
     write_flags = FUA
     write_zeroes_flags = FUA

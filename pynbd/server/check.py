@@ -19,6 +19,7 @@ from pynbd.block.errors import BlockError, OptionError
 from pynbd.block.graph import Graph
 from pynbd.server.access import AccessList, AccessRule
 from pynbd.server.config import Config, ExportOptions, parse_address, toml_key
+from pynbd.server.limits import NO_LIMITS
 
 NOBODY_BY_NAME = "nobody can be told by name: that needs TLS, with tls-verify-peer or tls-psk"
 """What is wrong with a rule about names that nobody can have."""
@@ -47,6 +48,7 @@ def check(config: Config) -> None:
     for name, wanted in config.exports.items():
         check_export(name, wanted, config, functools.partial("export.{}.{}: ".format, toml_key(name)))
     check_all_access(config)
+    check_workers(config)
 
 
 @contextlib.contextmanager
@@ -145,6 +147,38 @@ def check_access(rules: Sequence[AccessRule], config: Config, place: Callable[[i
             if rule.authz and not kinds.get(rule.authz, "").startswith("authz-"):
                 near = ", ".join(known for known, kind in kinds.items() if kind.startswith("authz-")) or "none"
                 raise OptionError(f"authz: there is no object {rule.authz!r} of a kind authz-… (there are: {near})")
+
+
+def check_workers(config: Config) -> None:
+    """Check that several processes can serve what they are to serve, as far as it is not the disks that decide it.
+
+    Raises:
+        OptionError: what can't be.
+    """
+    if config.server.workers == 1:
+        return
+    for name, wanted in config.exports.items():
+        for option, given, why in (
+            (
+                "snapshot",
+                wanted.snapshot and not wanted.read_only,
+                "each would write to an overlay of its own",
+            ),
+            ("bitmaps", wanted.bitmaps, "each would know only of what it has written itself"),
+            ("resize", wanted.resize, "the others would not learn of another size"),
+        ):
+            if given:
+                raise OptionError(f"export {name!r}: {option} can't be had with several workers: {why}")
+    limits = config.server.client_limits
+    counted = msgspec.structs.replace(
+        NO_LIMITS, handshake_timeout=limits.handshake_timeout, idle_timeout=limits.idle_timeout
+    )
+    if limits != counted:
+        key = next(key for key in limits.__struct_fields__ if getattr(limits, key) != getattr(counted, key))
+        raise OptionError(
+            f"client-limits: {key.replace('_', '-')} can't be had with several workers: a client may have connections "
+            "at each, and they do not count together"
+        )
 
 
 def check_nodes(config: Config) -> None:

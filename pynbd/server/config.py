@@ -51,6 +51,9 @@ MAX_CONFIGURED_CLIENTS = 1_000_000
 MAX_MIN_BLOCK_BYTES = 65536
 """The largest minimum block size that the specification allows."""
 
+MAX_WORKERS = 64
+"""Processes beyond the number of processors gain nothing."""
+
 MAX_SOCKET_PATH_BYTES = 107
 """What the kernel takes as the name of a Unix socket, without the NUL at its end."""
 
@@ -86,6 +89,7 @@ class ListenOptions(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
         tls_authz: the object that says which of those clients may come in; all, if there is none.
         access: who may connect at all, by address or as a user of this machine; see `pynbd.server.access`.
         client_limits: what one client may take.
+        workers: processes that serve the clients; 1: the one that listens does it; auto: one for each processor.
     """
 
     listen: tuple[str, ...] = ()
@@ -101,6 +105,7 @@ class ListenOptions(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     tls_authz: str = ""
     access: tuple[AccessRule, ...] = ()
     client_limits: ClientLimits = NO_LIMITS
+    workers: Annotated[int, msgspec.Meta(ge=1, le=MAX_WORKERS)] | Literal["auto"] = 1
 
 
 class ExportOptions(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):

@@ -36,6 +36,7 @@ from pynbd.server.wire import PlainWire, tune
 
 if TYPE_CHECKING:
     from pynbd.server.tls import ServerTls
+    from pynbd.server.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -99,8 +100,11 @@ class NbdServer:
             self.add_export(export)
         self.max_clients = max_clients or DEFAULT_MAX_CLIENTS
         self.connections: set[Connection] = set()
+        self.workers: Workers | None = None
+        """Other processes that serve the clients who come here."""
         self.on_client_come: list[Callable[[], None]] = []
         self.on_client_gone: list[Callable[[], None]] = []
+        self.on_handshake_ended: list[Callable[[], None]] = []
         self.served = 0
         self._access = access or AccessList()
         self.limits = limits
@@ -233,9 +237,14 @@ class NbdServer:
         self._listeners.append(sock)
         self._watch_listeners()
 
+    def _has_room(self) -> bool:
+        if self.workers is None:
+            return len(self.connections) + len(self._handshakes) < self.max_clients
+        return self.workers.clients < self.max_clients and self.workers.have_room
+
     def _watch_listeners(self) -> None:
         """Accept clients while there is room for more."""
-        room = not self._stopping and len(self.connections) + len(self._handshakes) < self.max_clients
+        room = not self._stopping and self._has_room()
         for sock in self._listeners:
             if room:
                 self._loop.add_reader(sock, self._accept, sock)
@@ -245,7 +254,7 @@ class NbdServer:
 
     def _accept(self, listener: socket.socket) -> None:
         for _ in range(MAX_ACCEPTS):
-            if len(self.connections) + len(self._handshakes) >= self.max_clients:
+            if not self._has_room():
                 break
             try:
                 sock, address = listener.accept()
@@ -262,6 +271,9 @@ class NbdServer:
 
     def receive(self, sock: socket.socket, address: object) -> None:
         """Begin with a client that has connected, or send it away at once; its socket is closed when it has gone."""
+        if self.workers is not None:
+            self.workers.take(sock, address)
+            return
         try:
             visitor = visitor_at(sock, address)
         except (OSError, ValueError) as problem:
@@ -287,7 +299,7 @@ class NbdServer:
 
     async def until_idle(self) -> None:
         """Wait until there is no client, neither one that chooses an export nor one that uses it."""
-        while self.connections or self._handshakes:
+        while self.connections or self._handshakes or (self.workers is not None and self.workers.clients):
             self._somebody_left.clear()
             await self._somebody_left.wait()
 
@@ -333,6 +345,8 @@ class NbdServer:
         self._handshakes.discard(task)
         self._somebody_left.set()
         self._accept_again()
+        for tell in list(self.on_handshake_ended):
+            tell()
 
     def _begin(self, visitor: Visitor, presence: Presence, result: Negotiated) -> None:
         sock, peer = result.sock, visitor.label
@@ -407,6 +421,29 @@ class NbdServer:
         self._somebody_left.set()
         for tell in list(self.on_client_gone):
             tell()
+
+    def workers_changed(self, *, come: int, gone: bool) -> None:
+        """A worker has told of its clients, or has ended.
+
+        Args:
+            come: how many have begun to use an export.
+            gone: whether some who did are gone.
+        """
+        self.served += come
+        self._accept_again()
+        self._somebody_left.set()
+        for tell in [*(self.on_client_come if come else ()), *(self.on_client_gone if gone else ())]:
+            tell()
+
+    @property
+    def using(self) -> int:
+        """Clients that use an export."""
+        return len(self.connections) if self.workers is None else self.workers.using
+
+    @property
+    def handshakes(self) -> int:
+        """Clients that have not chosen an export yet."""
+        return len(self._handshakes)
 
     def _accept_again(self) -> None:
         """A client has gone: whoever waits in the kernel may come in."""

@@ -29,6 +29,7 @@ from pynbd.server.server import NbdServer
 
 if TYPE_CHECKING:
     from pynbd.server.tls import ServerTls
+    from pynbd.server.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -233,6 +234,7 @@ class Service:
             OSError, BlockError: something could not be flushed; all is closed.
         """
         await self.server.close(grace_s)
+        failed = None if self.server.workers is None else await self.server.workers.stop()
         for export in self.server.exports.values():
             if export.backend.in_flight:
                 log.error("export %r: %d requests are lost", export.name, export.backend.in_flight)
@@ -243,11 +245,18 @@ class Service:
         except OSError as problem:
             text = f"not everything could be flushed, what was written last may be lost: {problem.strerror or problem}"
             raise OSError(problem.errno, text) from problem
+        if failed is not None:
+            raise failed
 
 
 @contextlib.asynccontextmanager
 async def open_service(
-    config: Config, *, handed: Sequence[Handed] = (), grace_s: float = 10.0
+    config: Config,
+    *,
+    handed: Sequence[Handed] = (),
+    grace_s: float = 10.0,
+    workers: "Workers | None" = None,
+    shared: bool = False,
 ) -> AsyncIterator[Service]:
     """Open everything that a configuration names, listen, and at the end close it in order.
 
@@ -255,6 +264,9 @@ async def open_service(
         config: what to serve, and where.
         handed: where to serve besides; these sockets are closed at the end.
         grace_s: how long requests in flight may take at the end.
+        workers: processes that are to serve the clients; they open the same disks, after this one has, and before
+            anybody can connect.
+        shared: whether this is one of them.
 
     Raises:
         OptionError, BlockError, OSError: something can't be opened; nothing stays open.
@@ -273,12 +285,14 @@ async def open_service(
         limits=config.server.client_limits,
         access=AccessList(config.server.access, objects),
     )
-    service = Service(Graph(objects), server)
+    service = Service(Graph(objects, shared=shared), server)
     try:
         for tree in config.nodes:
             await service.graph.open(tree)
         for name, wanted in config.exports.items():
             await service.add_export(name, wanted)
+        if workers is not None:
+            await workers.begin(service)
         await service.listen(config.server)
         service.adopt(handed)
         yield service

@@ -138,7 +138,7 @@ class ServiceManager:
     def _status(self) -> str:
         if self._server is None:
             return "STATUS=ready"
-        clients, exports = len(self._server.connections), len(self._server.exports)
+        clients, exports = self._server.using, len(self._server.exports)
         return f"STATUS=exports: {exports}, clients: {clients}, served so far: {self._server.served}"
 
     def _tell(self, *lines: str, urgent: bool = True) -> None:

@@ -82,6 +82,7 @@ class File(Driver):
     Options = FileOptions
     growable = True
     zero_past_end = True
+    several_processes = "always"  # the kernel is asked for all: bytes, holes, and whether a flush has failed
     is_device = False
 
     options: FileOptions
@@ -116,7 +117,7 @@ class File(Driver):
         self._fd, self.node.read_only = opened.fd, opened.read_only
         try:
             self._locks = (
-                FileLocks(self._fd, options.filename, required=options.locking == "on")
+                FileLocks(self._fd, options.filename, required=options.locking == "on", shared=self.node.shared)
                 if options.locking != "off"
                 else None
             )

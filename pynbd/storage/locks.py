@@ -51,12 +51,15 @@ class FileLocks:
         fd: the file, open for reading at least.
         filename: its name, for messages.
         required: whether a file system without locks is an error; otherwise it is used without.
+        shared: whether others that have locks belong to us: another process of ours has looked for strangers. Ours keep
+            them off for as long as any of these processes has the file open.
     """
 
-    def __init__(self, fd: int, filename: str, *, required: bool) -> None:
+    def __init__(self, fd: int, filename: str, *, required: bool, shared: bool = False) -> None:
         self._fd = fd
         self._filename = filename
         self._required = required
+        self._shared = shared
         self._locked: set[int] = set()
         self._disabled = False
 
@@ -73,6 +76,8 @@ class FileLocks:
             for byte in sorted(lock_bytes(held, shared) - self._locked):
                 linux.lock_shared(self._fd, byte)
                 self._locked.add(byte)
+            if self._shared:
+                return
             for permission, name in NAMES.items():
                 if permission in held and linux.locked_by_others(self._fd, UNSHARED_BASE + number(permission)):
                     raise self._conflict(f'Failed to get "{name}" lock')

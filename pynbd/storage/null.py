@@ -35,6 +35,7 @@ class Null(Driver):
     name = "null"
     Options = NullOptions
     zero_past_end = True
+    several_processes = "always"
     write_flags = FUA
     write_zeroes_flags = FUA
 

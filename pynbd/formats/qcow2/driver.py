@@ -89,6 +89,7 @@ class Qcow2(ClusterReader):
 
     name = "qcow2"
     is_format = True
+    several_processes = "reading"  # who writes keeps tables and reference counts in memory
     Options = Qcow2Options
     CreateOptions = Qcow2CreationOptions
     AmendOptions: ClassVar[type[msgspec.Struct]] = amending.Qcow2AmendOptions

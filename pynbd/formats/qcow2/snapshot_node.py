@@ -42,6 +42,7 @@ class Qcow2Snapshot(ClusterReader):
     """A snapshot of a qcow2 image."""
 
     name = "qcow2-snapshot"
+    several_processes = "reading"
     Options = SnapshotOptions
     children: ClassVar[Mapping[str, ChildSpec]] = {
         "file": ChildSpec(ChildRole.METADATA, writable=False),
