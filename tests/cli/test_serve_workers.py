@@ -35,6 +35,19 @@ class Slow(Filter):
         await self.file.write(offset, data, flags)
 """
 
+HELD = """
+import asyncio
+import os
+from pynbd import Filter
+
+class Held(Filter):
+    several_processes = "always"
+    async def write(self, offset, data, flags):
+        while not os.path.exists("go.on"):
+            await asyncio.sleep(0.01)
+        await self.file.write(offset, data, flags)
+"""
+
 STUCK = """
 import asyncio
 from pynbd import Filter
@@ -285,10 +298,11 @@ async def test_what_is_in_flight_is_finished(signal_number: signal.Signals, disk
 
 async def test_workers_of_a_server_that_was_killed_end(disk: Path) -> None:
     """In order: what was in flight is answered. Nobody else has the disk before they are gone."""
-    with serving(filtered(SLOW)) as (peer, workers):
+    with serving(filtered(HELD)) as (peer, workers):
         clients = await with_writes_in_flight(peer)
         peer.stop(signal.SIGKILL)
         assert "Is another process using the image" in failure("serve", "-k", "s", "-f", "raw", disk)
+        Path("go.on").touch()
         for client in clients:
             assert (await client.reply()).error == 0
             assert await is_gone(client)
