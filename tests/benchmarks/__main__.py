@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         cells = chosen(options.cells)
         servers = _servers(options.peers.split(",") if options.peers else DEFAULT_PEERS, cells)
+        if options.workers > 1 and options.pin:
+            raise ValueError("--workers is for several processors, and --pin leaves the servers one")
         if options.uvloop:
             _require_uvloop(options.python)
     except ValueError as error:
@@ -62,7 +64,7 @@ def _measure(cells: Sequence[Cell], servers: Sequence[Server], options: argparse
     options.directory.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="run-", dir=options.directory))
     disks = Disks(folder, max(options.size, LEAST_SIZE_MIB) << 20)
-    setup = Setup(disks, options.transport == "tcp", options.python, uvloop=options.uvloop)
+    setup = Setup(disks, options.transport == "tcp", options.python, uvloop=options.uvloop, workers=options.workers)
     rows = [Row(cell) for cell in cells]
     with Console(stderr=True).status("making the disks") as progress:
         run = Run(servers, setup, plan, progress.update)
@@ -80,7 +82,8 @@ def _about(setup: Setup, plan: Plan) -> str:
     told = run_client(setup.pynbd_python, "-c", "import platform; print(platform.python_version())").strip()
     transport = "TCP loopback" if setup.tcp else "Unix socket"
     pinned = ", server on processor 0 and client on processor 1" if plan.pin else ""
-    return f"{transport}, pynbd on Python {told}{' with uvloop' if setup.uvloop else ''}{pinned}"
+    workers = f", {setup.workers} workers" if setup.workers > 1 else ""
+    return f"{transport}, pynbd on Python {told}{' with uvloop' if setup.uvloop else ''}{workers}{pinned}"
 
 
 def _report(data: Mapping[str, Any], options: argparse.Namespace) -> int:
@@ -123,6 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pin", action="store_true", help="servers on processor 0, clients on processor 1")
     parser.add_argument("--python", default=sys.executable, help="the Python that runs pynbd (this one)")
     parser.add_argument("--uvloop", action="store_true", help="run pynbd on uvloop, which that Python must have")
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="pynbd serves raw files by so many processes (%(default)s)"
+    )
     parser.add_argument(
         "--size", type=int, default=512, metavar="MIB", help="size of the file that is served (%(default)s)"
     )

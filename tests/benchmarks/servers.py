@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -49,6 +49,11 @@ class Setup:
     tcp: bool
     pynbd_python: str = sys.executable
     uvloop: bool = False
+    workers: int = 1
+
+    def workers_for(self, arguments: Sequence[str | Path]) -> list[str]:
+        """The option for pynbd that several processes serve, where that can be: raw files need nothing else."""
+        return ["--workers", str(self.workers)] if self.workers > 1 and "raw" in arguments else []
 
     def environment(self) -> dict[str, str]:
         """What the environment of pynbd has beside the usual."""
@@ -84,7 +89,7 @@ class Server:
 def _pynbd(*arguments: str | Path, disk: Callable[[Setup], list[str | Path]]) -> Serve:
     @contextlib.contextmanager
     def serve(setup: Setup) -> Iterator[peers.Peer]:
-        command = [*arguments, *disk(setup)]
+        command = [*setup.workers_for(arguments), *arguments, *disk(setup)]
         python, environment = setup.pynbd_python, setup.environment()
         with peers.pynbd_serve(*command, tcp=setup.tcp, python=python, env=environment) as peer:
             yield peer
