@@ -88,6 +88,7 @@ EVERYTHING = """
 [server]
 listen = ["127.0.0.1:0", "unix:/run/x.sock"]
 max-clients = 7
+workers = 3
 structured-replies = false
 extended-headers = "off"
 payload-memory = "16M"
@@ -141,6 +142,7 @@ def test_every_key() -> None:
         server=ListenOptions(
             listen=("127.0.0.1:0", "unix:/run/x.sock"),
             max_clients=7,
+            workers=3,
             structured_replies=False,
             extended_headers=False,
             payload_memory=16 << 20,
@@ -199,6 +201,8 @@ def test_every_key_is_in_that_test() -> None:
         ('[server]\nlisten = "x"', "server.listen: expected `array`, got `str`"),
         ("[server]\nlisten = [5]", "server.listen[0]: expected `str`, got `int`"),
         ("[server]\nmax-clients = -1", "server.max-clients: expected `int` >= 0"),
+        ("[server]\nworkers = 0", "server.workers: expected"),
+        ('[server]\nworkers = "all"', "server.workers: "),
         ('[server]\nmax-clients = "x"', "server.max-clients: expected `int`, got `str`"),
         ('[server]\npayload-memory = "x"', "server.payload-memory: 'x' is no size"),
         ("[server]\nlisen = []", "server.lisen: table [server] has no such option (did you mean 'listen'?)"),
