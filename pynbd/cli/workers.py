@@ -79,7 +79,9 @@ def run_worker(start: Start, sock: socket.socket, count: int) -> NoReturn:
         start.manager.close()
         if start.announce is not None:
             os.close(start.announce)
-        with asyncio.Runner(loop_factory=serving_loop) as runner:
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(named)
+        with asyncio.Runner(loop_factory=lambda: serving_loop(count)) as runner:
             status = runner.run(work(start, sock, count))
     except BaseException as problem:
         log.critical("a worker process ends: %s", problem, exc_info=problem)
@@ -89,6 +91,12 @@ def run_worker(start: Start, sock: socket.socket, count: int) -> NoReturn:
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(status)
+
+
+def named(record: logging.LogRecord) -> bool:
+    """Let a line of the log say, to programs, whose it is; no line is left out."""
+    record.fields = {**getattr(record, "fields", {}), "worker": os.getpid()}
+    return True
 
 
 async def work(start: Start, sock: socket.socket, count: int) -> int:

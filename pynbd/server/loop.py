@@ -39,10 +39,14 @@ class ServingSelector(selectors.EpollSelector):
     """An `EpollSelector` that polls before it sleeps, and calls the readers of some descriptors by itself.
 
     Each wait that ended within `POLL_S` earns a poll, and each poll in vain costs one: an idle server sleeps, and so
-    does one whose clients take their time. With one processor it always sleeps, for the client needs that one.
+    does one whose clients take their time. Without more processors than processes that serve it always sleeps, for
+    clients need one as well.
+
+    Args:
+        processes: those that serve.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: int = 1) -> None:
         super().__init__()
         self.direct: dict[int, Callable[[], None]] = {}
         """Whom to call when there is something to read, by descriptor; all of them are registered as well."""
@@ -51,7 +55,7 @@ class ServingSelector(selectors.EpollSelector):
         self.loop: ServingLoop | None = None
         # The class in use keeps its epoll object to itself; another one for the same epoll instance does as well.
         self._epoll = select.epoll.fromfd(os.dup(self.fileno()))
-        self._may_poll = len(os.sched_getaffinity(0)) > 1
+        self._may_poll = len(os.sched_getaffinity(0)) > processes
 
     def select(self, timeout: float | None = None) -> Ready:
         """As the base class, but return only when there is something for the loop, too."""
@@ -109,15 +113,19 @@ class ServingSelector(selectors.EpollSelector):
 
 
 class ServingLoop(asyncio.SelectorEventLoop):
-    """asyncio's loop over a `ServingSelector`."""
+    """asyncio's loop over a `ServingSelector`.
+
+    Args:
+        processes: those that serve, of which this is one.
+    """
 
     # Of the base class. A selector that calls has to know whether something came of it; there is no public way to ask.
     _ready: deque[Any]
     _scheduled: list[Any]
     _stopping: bool
 
-    def __init__(self) -> None:
-        self._serving = ServingSelector()
+    def __init__(self, processes: int = 1) -> None:
+        self._serving = ServingSelector(processes)
         super().__init__(self._serving)
         self._serving.loop = self
 
@@ -156,7 +164,11 @@ class ServingLoop(asyncio.SelectorEventLoop):
         self.remove_reader(descriptor)
 
 
-def serving_loop() -> asyncio.AbstractEventLoop:
-    """A new loop to serve on; of another kind, if somebody has set a policy for that (uvloop's)."""
+def serving_loop(processes: int = 1) -> asyncio.AbstractEventLoop:
+    """A new loop to serve on; of another kind, if somebody has set a policy for that (uvloop's).
+
+    Args:
+        processes: those that serve, of which this is one.
+    """
     policy = asyncio.get_event_loop_policy()
-    return ServingLoop() if isinstance(policy, asyncio.DefaultEventLoopPolicy) else policy.new_event_loop()
+    return ServingLoop(processes) if isinstance(policy, asyncio.DefaultEventLoopPolicy) else policy.new_event_loop()

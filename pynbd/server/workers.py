@@ -69,10 +69,19 @@ class Worker:
         """All that it has."""
         return self.unread + self.tally.handshakes + self.tally.connections
 
-    def tell(self, order: Order, what: bytes = b"") -> None:
-        """Give an order; to one that has ended, or reads nothing, it is lost."""
-        with contextlib.suppress(OSError):
+    def tell(self, order: Order, what: bytes = b"") -> bool:
+        """Give an order; whether it was taken: one that has ended, or reads nothing, takes none."""
+        try:
             self.sock.send(order.value + what)
+        except OSError:
+            return False
+        return True
+
+    def stop(self) -> None:
+        """Let it end in order."""
+        if not self.tell(Order.STOP):
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_WR)  # which it finds behind all that it has not read
 
     def reap(self) -> str:
         """Release what is kept for it, once it has ended; how it did."""
@@ -126,10 +135,7 @@ class Workers:
             loop.add_reader(worker.sock, self._read, worker)
             loop.add_reader(worker.handle, self._ended, worker)
             worker.tell(Order.BEGIN)
-        told = await asyncio.gather(*waiting, return_exceptions=True)
-        for answer in told:
-            if isinstance(answer, BaseException):
-                raise answer
+        for answer in await asyncio.gather(*waiting):
             if answer.exports != [(export.backend.size, export.read_only) for export in exports]:
                 raise BlockError("disks have changed while they were opened: a worker has found other sizes")
         self._server = service.server
@@ -174,7 +180,8 @@ class Workers:
     def reload(self, name: str) -> None:
         """Let them read again what this process has read again."""
         for worker in self._workers:
-            worker.tell(Order.RELOAD, name.encode())
+            if not worker.tell(Order.RELOAD, name.encode()):
+                log.error("worker process %d was not told to read the %s again", worker.pid, name)
 
     def _read(self, worker: Worker) -> None:
         """All that a worker has told."""
@@ -194,7 +201,8 @@ class Workers:
         match report:
             case Ready():
                 assert worker.ready is not None
-                worker.ready.set_result(report)
+                if not worker.ready.done():  # who waited for it may have been told to stop
+                    worker.ready.set_result(report)
             case Failed():
                 worker.failed = report
             case Tally():
@@ -242,7 +250,7 @@ class Workers:
         """
         self._stopping = True
         for worker in self._workers:
-            worker.tell(Order.STOP)
+            worker.stop()
         if self._workers:
             await self._none_left.wait()
         return self._failure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -264,6 +265,19 @@ def test_rules_and_the_log_are_read_again_by_all(disk: Path) -> None:
         config.write_text(text.replace("[export", "client-limits = { connections = 1 }\n[export"))
         peer.process.send_signal(signal.SIGHUP)
         until(lambda: "client-limits: connections can't be had with several workers" in log.read_text(), "refused")
+
+
+async def test_lines_for_programs_say_which_worker_it_was(disk: Path) -> None:
+    """Clients at Unix sockets have the same names at several of them."""
+    with serving("-f", "raw", "--log-format", "json", disk) as (peer, workers):
+        clients = [await WireClient.connect(peer.endpoint) for _ in range(2)]
+        peer.until(lambda: peer.log().count("client-come") == 2, "who has come")
+        lines = [json.loads(line) for line in peer.log().splitlines() if line.startswith("{")]
+        found = {line["worker"] for line in lines if line["event"] == "client-come"}
+        assert found == {worker.pid for worker in workers}
+        assert not any("worker" in line for line in lines if line["event"] == "ready")
+        for client in clients:
+            await client.end()
 
 
 # --- the end --------------------------------------------------------------------------------------------------

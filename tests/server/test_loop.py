@@ -187,12 +187,16 @@ def test_polls_in_vain_come_to_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
         assert selector.credit == 0
 
 
+@pytest.mark.parametrize(("processors", "processes"), [({0}, 1), ({0, 1}, 2)])
 def test_one_processor_is_left_to_the_client(
-    monkeypatch: pytest.MonkeyPatch, pair: tuple[socket.socket, socket.socket]
+    processors: set[int],
+    processes: int,
+    monkeypatch: pytest.MonkeyPatch,
+    pair: tuple[socket.socket, socket.socket],
 ) -> None:
     near, far = pair
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
-    with closing(ServingLoop()) as loop:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: processors)
+    with closing(ServingLoop(processes)) as loop:
         loop.add_reader(near.fileno(), lambda: None)
         far.send(b"x")
         for _ in range(3):
