@@ -39,6 +39,9 @@ SIZE_TEXT = re.compile(
 )
 """`4096`, `0x1000`, `64k`, `1.5G`, `.5M`; digits beyond those that fit anyhow are no size."""
 
+SIZE_BEFORE = " \t\n\v\f\r"
+"""What may stand before a size, and a plus sign behind it: what C's strtoull passes over, for QEMU takes it."""
+
 Size = Annotated[int, msgspec.Meta(ge=0, le=MAX_SIZE_BYTES, extra={"size": True})]
 """A number of bytes, which may be written with a suffix: `64k`, `1.5G`."""
 
@@ -89,12 +92,12 @@ class NodeOptions(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", for
 
 
 def parse_size(text: str, *, what: str = "size") -> int:
-    """Bytes from `1048576`, `1M`, `1.5G` (suffixes are powers of 1024).
+    """Bytes from `1048576`, `1M`, `1.5G`, `+1M` (suffixes are powers of 1024).
 
     Raises:
         OptionError: it is no size, or does not fit in 63 bits.
     """
-    match = SIZE_TEXT.fullmatch(text.strip().lower())
+    match = SIZE_TEXT.fullmatch(text.lstrip(SIZE_BEFORE).removeprefix("+").lower())
     if match is None:
         raise OptionError(
             f"{what}: {text[:80]!r} is no size; write a number of bytes with an optional suffix k, M, G, T, P or E"

@@ -246,7 +246,8 @@ def test_json_is_bounded_however_its_levels_are_written(key: str) -> None:
 @pytest.mark.parametrize(
     ("text", "size_bytes"),
     [
-        ("0", 0), ("512", 512), (" 512 ", 512), ("512b", 512), ("1k", 1024), ("1K", 1024), ("64M", 64 << 20),
+        ("0", 0), ("512", 512), (" \t512", 512), ("+512", 512), (" +0x10", 16),
+        ("512b", 512), ("1k", 1024), ("1K", 1024), ("64M", 64 << 20),
         ("2g", 2 << 30), ("1T", 1 << 40), ("1P", 1 << 50), ("1e", 1 << 60), ("1.5G", 3 << 29), (".5M", 1 << 19),
         ("0.1k", 102), ("0x1000", 4096), ("0XfF", 255), (str(MAX_SIZE_BYTES), MAX_SIZE_BYTES),
         ("7.99999999999999999999E", MAX_SIZE_BYTES),
@@ -262,7 +263,8 @@ def test_sizes(text: str, size_bytes: int) -> None:
     [
         ("", "is no size; write a number of bytes with an optional suffix k, M, G, T, P or E"),
         ("k", "is no size"), (".", "is no size"), (".k", "is no size"), ("1x", "is no size"), ("1kk", "is no size"),
-        ("0x", "is no size"), ("0x10k", "is no size"), ("-1", "is no size"), ("+1", "is no size"),
+        ("0x", "is no size"), ("0x10k", "is no size"), ("-1", "is no size"), ("++1", "is no size"),
+        ("+ 1", "is no size"), ("+-1", "is no size"), ("1k ", "is no size"), ("\u00a01", "is no size"),
         ("1_000", "is no size"), ("1 k", "is no size"), ("\u0661", "is no size"), ("1e3", "is no size"),
         ("9" * 21, "is no size"), ("1.5", "there are no parts of bytes"), ("1.5b", "there are no parts of bytes"),
         ("8E", "is out of range"), (str(MAX_SIZE_BYTES + 1), "is out of range"), ("0x8000000000000000", "out of range"),

@@ -12,7 +12,7 @@ from pynbd.block.errors import OptionError
 from pynbd.block.families import Progress
 from pynbd.formats.qcow2 import layout
 from pynbd.formats.qcow2.given_up import Cause
-from pynbd.formats.qcow2.layout import OFFSET_MASK, Autoclear, Compatible, CryptMethod, Incompatible
+from pynbd.formats.qcow2.layout import OFFSET_MASK, Autoclear, Compatible, Incompatible
 from pynbd.formats.qcow2.overlap import Kind
 from pynbd.formats.qcow2.refcounts import Run
 from pynbd.formats.qcow2.snapshot_table import MAX_U32, read_l1
@@ -35,8 +35,8 @@ async def check(driver: "Qcow2") -> None:
     if kept:
         names = ", ".join(str(feature.name).lower().replace("_", " ") for feature in Incompatible if feature in kept)
         raise OptionError(f"compat=0.10 does not know what this image uses: {names}")
-    if driver.header.crypt_method == CryptMethod.LUKS:
-        raise OptionError("an image with LUKS can't become one of compat 0.10")
+    if driver.encryption is not None and driver.encryption.cipher is None:
+        raise OptionError("compat=0.10 may take zeroes to be encrypted: give the passphrase by encrypt.key-secret")
     # Where they are told, such an image need not have room for them.
     for snapshot in driver.snapshots.entries:
         if snapshot.disk_size != driver.size:

@@ -11,6 +11,7 @@ import pytest
 from pynbd.block.backend import BlockBackend
 from pynbd.block.errors import BlockError, OptionError, PermissionConflict
 from pynbd.block.graph import Graph
+from pynbd.block.node import Node
 from pynbd.block.permissions import Permission
 from pynbd.crypto import hashes
 from pynbd.formats.qcow2.driver import Qcow2
@@ -64,7 +65,9 @@ async def create(graph: Graph, path: Path, options: str) -> None:
     await graph.close(node)
 
 
-@pytest.mark.parametrize("extra", ["", ",extended_l2=on", ",cluster_size=4k", ",preallocation=metadata"])
+@pytest.mark.parametrize(
+    "extra", ["", ",extended_l2=on", ",cluster_size=4k", ",preallocation=metadata", ",compat=0.10"]
+)
 @pytest.mark.parametrize("kind", ["luks", "aes"])
 @pytest.mark.parametrize("ours", [True, False])
 async def test_written_here_and_read_there(graph: Graph, tmp_path: Path, kind: str, extra: str, ours: bool) -> None:
@@ -87,6 +90,51 @@ async def test_written_here_and_read_there(graph: Graph, tmp_path: Path, kind: s
     await work.close()
     assert is_sound(path, kind)
     assert read_by_qemu(path, kind) == work.model
+
+
+@pytest.mark.parametrize("kind", ["luks", "aes"])
+async def test_of_the_old_version_and_back(graph: Graph, tmp_path: Path, kind: str) -> None:
+    """Zeroes that must be written out then are encrypted (qemu-img 7.2 writes them plain, as noise to the guest)."""
+    path, twin = tmp_path / "image.qcow2", tmp_path / "twin.qcow2"
+    qemu("qemu-img", "create", "-q", "-f", "qcow2", *qemu_secrets(), "-o", options_of(kind), path, str(SIZE))
+    words = ("write -P 7 0 256k", "write -z 64k 64k", "write -z 512k 64k")
+    commands = [word for command in words for word in ("-c", command)]
+    qemu("qemu-io", *qemu_secrets(), *commands, "--image-opts", image_options(path, kind))
+    content = read_by_qemu(path, kind)
+    before = path.read_bytes()
+    node = await graph.open(description(path, None))
+    with pytest.raises(OptionError, match="passphrase"):
+        await amend(node, {"compat": "0.10"})
+    await graph.close(node)
+    assert path.read_bytes() == before
+    work = await Workload.opened(graph, description(path), content, seed=1)
+    await work.driver.amend({"compat": "0.10"})
+    await work.check()
+    await work.round(4, compressed=False)
+    await work.close()
+    assert path.read_bytes()[7] == 2
+    assert is_sound(path, kind)
+    assert read_by_qemu(path, kind) == work.model
+    qemu("qemu-img", "create", "-q", "-f", "qcow2", *qemu_secrets(), "-o", options_of(kind), twin, str(SIZE))
+    commands = ["-c", "write -P 7 0 256k", "-c", "write -z 512k 64k"]
+    qemu("qemu-io", *qemu_secrets(), *commands, "--image-opts", image_options(twin, kind))
+    content = read_by_qemu(twin, kind)
+    qemu("qemu-img", "amend", *qemu_secrets(), "--image-opts", "-o", "compat=0.10", image_options(twin, kind))
+    work = await Workload.opened(graph, description(twin), content, seed=1)
+    await work.check()
+    if kind == "luks":
+        await work.driver.amend({"encrypt": {"state": "active", "new-secret": "s1", "iter-time": "10"}})
+    await work.driver.amend({"compat": "1.1"})
+    await work.check()
+    await work.close()
+    assert is_sound(twin, kind)
+    assert read_by_qemu(twin, kind) == content
+
+
+async def amend(node: Node, changes: dict[str, str]) -> None:
+    driver = node.driver
+    assert isinstance(driver, Qcow2)
+    await driver.amend(changes)
 
 
 @pytest.mark.parametrize("kind", ["luks", "aes"])
