@@ -176,6 +176,8 @@ class Driver:
     Options: ClassVar[type[NodeOptions]] = NodeOptions
     CreateOptions: ClassVar[type[CreationOptions] | None] = None
     """What a new image of this format takes; None if none can be made (see `create_image`)."""
+    FurtherCreateOptions: ClassVar[type[msgspec.Struct] | None] = None
+    """What a new file in this storage takes besides a size and preallocation (see `create`)."""
     children: ClassVar[Mapping[str, ChildSpec]] = {}
     child_aliases: ClassVar[Mapping[str, str]] = {}
     """Other names under which options may give a child, and the child's own: QEMU's `image` of blkdebug."""
@@ -421,13 +423,23 @@ class Driver:
         return ImageInfo()
 
     @classmethod
-    async def create(cls, options: NodeOptions, size: int, preallocation: Preallocation) -> None:
+    async def create(
+        cls,
+        options: NodeOptions,
+        size: int,
+        preallocation: Preallocation,
+        further: msgspec.Struct | None = None,
+    ) -> Sequence[str]:
         """Make a new image.
 
         Args:
             options: as for opening it.
             size: its length in bytes.
             preallocation: what to do with the space.
+            further: of the class's `FurtherCreateOptions`; it is given only to a class that has them.
+
+        Returns:
+            what was asked for and could not be had, although the image was made: a sentence for each.
 
         Raises:
             OSError, BlockError: it can't be made; nothing half-made is left.

@@ -12,15 +12,18 @@ import mmap
 import os
 import stat
 from collections.abc import Sequence
+from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import msgspec
 
 from pynbd.block import errors
 from pynbd.block.driver import Driver, HostWriter, Location, Preallocation, ReadQueue, WritePlace
 from pynbd.block.errors import OptionError, PermissionConflict
 from pynbd.block.extents import Extent
 from pynbd.block.limits import Limits
-from pynbd.block.options import NodeOptions, OnOffAuto
+from pynbd.block.options import NodeOptions, OnOff, OnOffAuto
 from pynbd.block.permissions import Permission
 from pynbd.block.requests import RequestFlag
 from pynbd.storage import linux, opening, pool, sizing, sparse, transfers, zeroing
@@ -44,6 +47,9 @@ BUFFERED_WRITERS = 2
 
 FALLBACK_DIRECT_ALIGNMENT = 4096
 """For direct I/O where the kernel does not say; no disk in use has larger blocks."""
+
+MAX_HINT_BYTES = (1 << 32) - 1
+"""Of extents: the kernel's field has 32 bits."""
 
 new_tuple = tuple.__new__
 
@@ -69,6 +75,18 @@ class FileOptions(NodeOptions, frozen=True, kw_only=True):
     aio: Literal["auto", "threads", "native", "io_uring"] = "auto"
 
 
+class FileCreationOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a new file takes; the names are those of `qemu-img create -o`.
+
+    Args:
+        nocow: written in place, where the file system would copy on write (btrfs only).
+        extent_size_hint: in which pieces the file gets its space, 0 for no hint (XFS; 1M).
+    """
+
+    nocow: OnOff = False
+    extent_size_hint: Annotated[int, msgspec.Meta(ge=0, le=MAX_HINT_BYTES, extra={"size": True})] | None = None
+
+
 FEW_FLUSHES = 8
 """Flushes that are made in threads first: giving back what the kernel's queue takes costs tens of milliseconds, which
 is no price for a server, but for a command that flushes once."""
@@ -80,6 +98,7 @@ class File(Driver):
     name = "file"
     schemes: ClassVar[tuple[str, ...]] = ("file",)
     Options = FileOptions
+    FurtherCreateOptions: ClassVar[type[msgspec.Struct] | None] = FileCreationOptions
     growable = True
     zero_past_end = True
     several_processes = "always"  # the kernel is asked for all: bytes, holes, and whether a flush has failed
@@ -475,9 +494,17 @@ class File(Driver):
         return True
 
     @classmethod
-    async def create(cls, options: NodeOptions, size: int, preallocation: Preallocation) -> None:
+    async def create(
+        cls,
+        options: NodeOptions,
+        size: int,
+        preallocation: Preallocation,
+        further: msgspec.Struct | None = None,
+    ) -> Sequence[str]:
         assert isinstance(options, FileOptions)
-        await pool.run(pool.syncs, sizing.create, options.filename, size, preallocation, options.locking)
+        more = further if isinstance(further, FileCreationOptions) else FileCreationOptions()
+        make = partial(sizing.create, no_cow=more.nocow, extent_size_hint=more.extent_size_hint)
+        return await pool.run(pool.syncs, make, options.filename, size, preallocation, options.locking)
 
     # --- permissions ---------------------------------------------------------------------------------------
 
@@ -507,6 +534,7 @@ class HostDevice(File):
 
     name = "host_device"
     schemes = ()
+    FurtherCreateOptions: ClassVar[type[msgspec.Struct] | None] = None
     growable = False
     is_device = True
 
@@ -561,6 +589,13 @@ class HostDevice(File):
         return False
 
     @classmethod
-    async def create(cls, options: NodeOptions, size: int, preallocation: Preallocation) -> None:
+    async def create(
+        cls,
+        options: NodeOptions,
+        size: int,
+        preallocation: Preallocation,
+        further: msgspec.Struct | None = None,
+    ) -> Sequence[str]:
         assert isinstance(options, FileOptions)
         await pool.run(pool.syncs, sizing.check_device, options.filename, size, preallocation)
+        return ()

@@ -30,6 +30,13 @@ BLKGETSIZE64: Final = 0x80081272
 
 SIOCOUTQ: Final = 0x5411
 
+FS_IOC_GETFLAGS: Final = 0x80086601
+FS_IOC_SETFLAGS: Final = 0x40086602
+FS_NOCOW_FL: Final = 0x00800000
+FS_IOC_FSGETXATTR: Final = 0x801C581F
+FS_IOC_FSSETXATTR: Final = 0x401C5820
+FS_XFLAG_EXTSIZE: Final = 0x00000800
+
 TMPFS_MAGIC: Final = 0x01021994
 RAMFS_MAGIC: Final = 0x858458F6
 HUGETLBFS_MAGIC: Final = 0x958458F6
@@ -171,6 +178,35 @@ def nowait_flags(fd: int) -> int | None:
             return 0 if file_system_magic(fd) in MEMORY_FILE_SYSTEMS else None
         return os.RWF_NOWAIT  # a bad sector, for example: whoever reads it will be told
     return os.RWF_NOWAIT
+
+
+# --- attributes of files ---------------------------------------------------------------------------------------
+
+_FSXATTR = "5I8x"
+"""struct fsxattr: flags, extent size hint, number of extents, project, hint for copies on write."""
+
+
+def set_no_copy_on_write(fd: int) -> None:
+    """FS_NOCOW_FL: an empty file is written in place from now on (btrfs).
+
+    Raises:
+        OSError: the file system does not know that.
+    """
+    # The kernel reads and writes an int here, whatever the numbers say.
+    flags = int(struct.unpack("i", fcntl.ioctl(fd, FS_IOC_GETFLAGS, bytes(4)))[0])
+    fcntl.ioctl(fd, FS_IOC_SETFLAGS, struct.pack("i", flags | FS_NOCOW_FL))
+
+
+def set_extent_size_hint(fd: int, size_bytes: int) -> None:
+    """FS_XFLAG_EXTSIZE: an empty file gets its space in pieces of that many bytes (XFS).
+
+    Raises:
+        OSError: the file system does not know that, or not of this size.
+    """
+    attributes = bytearray(fcntl.ioctl(fd, FS_IOC_FSGETXATTR, bytes(struct.calcsize(_FSXATTR))))
+    flags = struct.unpack_from("I", attributes)[0]
+    struct.pack_into("2I", attributes, 0, flags | FS_XFLAG_EXTSIZE, size_bytes)
+    fcntl.ioctl(fd, FS_IOC_FSSETXATTR, bytes(attributes))
 
 
 # --- block devices -----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+from collections.abc import Sequence
 
 from pynbd.block.alignment import BOUNCE_BYTES, pieces
 from pynbd.block.driver import Preallocation
@@ -12,6 +13,9 @@ from pynbd.storage import linux, opening, transfers
 from pynbd.storage.locks import FileLocks
 
 ZEROES = memoryview(bytes(BOUNCE_BYTES))
+
+EXTENT_SIZE_HINT_BYTES = 1 << 20
+"""The hint of new files of which nobody says another one; QEMU's."""
 
 NEW_FILE_MODE = 0o644
 """As QEMU's: the owner writes, all read; the umask takes away what it likes."""
@@ -58,7 +62,15 @@ def _fill(fd: int, start: int, end: int) -> None:
         os.close(plain)
 
 
-def create(filename: str, size: int, preallocation: Preallocation, locking: str) -> None:
+def create(
+    filename: str,
+    size: int,
+    preallocation: Preallocation,
+    locking: str,
+    *,
+    no_cow: bool = False,
+    extent_size_hint: int | None = None,
+) -> Sequence[str]:
     """Make a file, or empty the one that is there, and give it a length.
 
     Args:
@@ -66,6 +78,11 @@ def create(filename: str, size: int, preallocation: Preallocation, locking: str)
         size: its length in bytes.
         preallocation: what is done with the space.
         locking: as the option of `file`: a file that somebody else uses is left alone.
+        no_cow: whether it is to be written in place, where the file system copies on write else.
+        extent_size_hint: in which pieces it gets its space, in bytes; 0 for no hint, None for what is usual.
+
+    Returns:
+        what was asked for and could not be had. Of `no_cow` nothing is said: it means something on btrfs alone.
 
     Raises:
         BlockError: it can't be made, in a sentence. A new file is removed again; one that was there is left empty at
@@ -87,6 +104,7 @@ def create(filename: str, size: int, preallocation: Preallocation, locking: str)
             FileLocks(fd, filename, required=locking == "on").prepare(changing, Permission.ALL & ~Permission.RESIZE)
         try:
             os.ftruncate(fd, 0)
+            said = _set_attributes(fd, no_cow=no_cow, extent_size_hint=extent_size_hint)
             resize(fd, 0, size, preallocation)
             os.fsync(fd)
             if new:
@@ -100,6 +118,22 @@ def create(filename: str, size: int, preallocation: Preallocation, locking: str)
         raise
     finally:
         os.close(fd)
+    return said
+
+
+def _set_attributes(fd: int, *, no_cow: bool, extent_size_hint: int | None) -> Sequence[str]:
+    """What a file must be told as long as it is empty; gives what it would not take."""
+    if no_cow:
+        with contextlib.suppress(OSError):
+            linux.set_no_copy_on_write(fd)
+    size = EXTENT_SIZE_HINT_BYTES if extent_size_hint is None else extent_size_hint
+    try:
+        if size:
+            linux.set_extent_size_hint(fd, size)
+    except OSError as problem:
+        if extent_size_hint is not None:
+            return (f"the extent size hint of {size} bytes could not be set: {problem.strerror}",)
+    return ()
 
 
 def _sync_folder(filename: str) -> None:

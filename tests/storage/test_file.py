@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,9 +19,10 @@ from pynbd.block.graph import Graph
 from pynbd.block.permissions import Permission
 from pynbd.block.requests import RequestFlag
 from pynbd.storage import linux
-from pynbd.storage.file import File, FileOptions
+from pynbd.storage.file import File, FileCreationOptions, FileOptions
 from tests.conftest import DiskMaker
-from tests.storage.conftest import SIZE, OpenDisk, description, evict
+from tests.peers import require_tool, run
+from tests.storage.conftest import SIZE, OpenDisk, description, evict, mounted
 
 # --- opening ------------------------------------------------------------------------------------------------
 
@@ -203,6 +206,52 @@ async def test_making_a_file(preallocation: Preallocation, tmp_path: Path) -> No
         assert path.read_bytes() == bytes(size)
         assert (path.stat().st_blocks * 512 >= size) == (preallocation is not Preallocation.OFF)
         path.write_bytes(b"old")
+
+
+@contextlib.contextmanager
+def file_system(folder: Path, kind: str, size: int) -> Iterator[Path]:
+    """A new file system in a file."""
+    image = folder / "image"
+    with image.open("wb") as file:
+        file.truncate(size)
+    run(require_tool(f"mkfs.{kind}", package={"xfs": "xfsprogs", "btrfs": "btrfs-progs"}[kind]), "-q", image)
+    yield from mounted(folder / "mounted", "-t", kind, "-o", "loop", str(image))
+
+
+async def make_with(path: Path, **options: Any) -> Sequence[str]:
+    made = FileCreationOptions(**options)
+    return await File.create(FileOptions(filename=str(path)), 1 << 20, Preallocation.OFF, made)
+
+
+async def test_a_file_that_is_written_in_place(tmp_path: Path) -> None:
+    """On btrfs, and also one that was there before; nowhere else anything is said."""
+    listing = require_tool("lsattr", package="e2fsprogs")
+    assert await make_with(tmp_path / "elsewhere", nocow=True) == ()
+    with file_system(tmp_path, "btrfs", 128 << 20) as folder:
+        path = folder / "new.raw"
+        path.write_bytes(b"old" * 5000)
+        for nocow in (False, True):
+            assert await make_with(path, nocow=nocow) == ()
+            assert ("C" in run(listing, path).split()[0]) == nocow
+        (said,) = await make_with(path, extent_size_hint=65536)
+        assert said == "the extent size hint of 65536 bytes could not be set: Operation not supported"
+        assert await make_with(path, extent_size_hint=0) == ()
+        assert path.stat().st_size == 1 << 20
+
+
+async def test_an_extent_size_hint(tmp_path: Path) -> None:
+    """On XFS: 1 MiB if nobody says another one."""
+    asking = require_tool("xfs_io", package="xfsprogs")
+    with file_system(tmp_path, "xfs", 320 << 20) as folder:
+        path = folder / "new.raw"
+        for given, found in (({}, 1 << 20), ({"extent_size_hint": 8192}, 8192), ({"extent_size_hint": 0}, 8192)):
+            assert await make_with(path, **given) == ()
+            assert run(asking, "-c", "extsize", path) == f"[{found}] {path}\n"
+            path.write_bytes(b"old")
+        (said,) = await make_with(path, extent_size_hint=1000)
+        assert said == "the extent size hint of 1000 bytes could not be set: Invalid argument"
+        assert await make_with(folder / "other.raw", extent_size_hint=0) == ()
+        assert run(asking, "-c", "extsize", folder / "other.raw").startswith("[0] ")
 
 
 @pytest.mark.parametrize("preallocation", [Preallocation.FALLOC, Preallocation.FULL, Preallocation.METADATA])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -41,6 +43,27 @@ def test_fallocate_punches_and_zeroes() -> None:
         assert caught.value.errno == errno.EOPNOTSUPP
     finally:
         os.close(fd)
+
+
+def test_attributes_of_files(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is set is what was there, and one thing more."""
+    before = {
+        linux.FS_IOC_GETFLAGS: struct.pack("i", 0x80000),
+        linux.FS_IOC_FSGETXATTR: struct.pack("7I", 0x80, 1, 2, 3, 4, 5, 6),
+    }
+    made = []
+
+    def ioctl(number: int, request: int, argument: bytes) -> bytes:
+        assert number == fd
+        made.append((request, argument))
+        return before.get(request, argument)
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    linux.set_no_copy_on_write(fd)
+    linux.set_extent_size_hint(fd, 65536)
+    assert made[1] == (0x40086602, struct.pack("i", 0x880000))
+    assert made[3] == (0x401C5820, struct.pack("7I", 0x880, 65536, 2, 3, 4, 5, 6))
+    assert [(request, len(argument)) for request, argument in made[::2]] == [(0x80086601, 4), (0x801C581F, 28)]
 
 
 def test_fallocate_reserves(fd: int) -> None:

@@ -60,11 +60,12 @@ def _add_target_arguments(parser: argparse.ArgumentParser) -> None:
 
 async def run(arguments: argparse.Namespace) -> int:
     """Carry the verb out; its exit status."""
-    from pynbd.cli.img import create, creation
+    from pynbd.cli.img import create
     from pynbd.cli.interruption import Interruption
 
     if common.asks_for_help(arguments.options):
-        print("\n".join(create.option_lines(creation.format_class(arguments.target_format or "raw"))))
+        output = arguments.words[-1] if len(arguments.words) > 1 else ""
+        print("\n".join(create.option_lines(arguments.target_format or "raw", output)))
         return 0
     graph = common.new_graph(arguments)
     check(arguments)

@@ -12,7 +12,6 @@ from pynbd.cli.objects import add_object_argument
 if TYPE_CHECKING:
     from msgspec import Struct
 
-    from pynbd.block.driver import Driver
     from pynbd.block.graph import Graph
     from pynbd.cli.img.creation import NewImage
 
@@ -33,6 +32,9 @@ QCOW2_ORDER = (
     "refcount_bits",
 )
 """The order in which qemu-img tells the options of a new qcow2 image; other formats have that of their declaration."""
+
+FILE_ORDER = ("nocow", "preallocation", "extent_size_hint")
+"""The order of a file's own options, behind those of the format."""
 
 TOLD_ANYWAY = frozenset({"cluster_size", "extended_l2", "compression_type", "lazy_refcounts", "refcount_bits"})
 """Options that are told even if nobody gave them."""
@@ -58,7 +60,7 @@ async def run(arguments: argparse.Namespace) -> int:
     from pynbd.cli.img import creation
 
     if common.asks_for_help(arguments.options):
-        print("\n".join(option_lines(creation.format_class(arguments.format))))
+        print("\n".join(option_lines(arguments.format, arguments.words[0] if arguments.words else "")))
         return 0
     graph = common.new_graph(arguments)
     if not 1 <= len(arguments.words) <= 2:
@@ -127,12 +129,11 @@ def formatting_line(new: NewImage) -> str:
 def _told(new: NewImage) -> Iterator[tuple[str, Any]]:
     import msgspec
 
-    values = msgspec.to_builtins(new.options)
-    names = [field.encode_name for field in msgspec.structs.fields(new.options)]
-    if new.kind.name == "qcow2":
-        names.sort(key=lambda name: QCOW2_ORDER.index(name) if name in QCOW2_ORDER else len(QCOW2_ORDER))
-    else:
-        names.sort(key=lambda name: name == "preallocation")  # the file's option, not the format's
+    further = {} if new.further is None else msgspec.to_builtins(new.further)
+    values = msgspec.to_builtins(new.options) | further
+    names = [field.encode_name for field in msgspec.structs.fields(new.options)] + list(further)
+    order = (*QCOW2_ORDER, *FILE_ORDER) if new.kind.name == "qcow2" else FILE_ORDER
+    names.sort(key=lambda name: order.index(name) if name in order else -1)
     for name in names:
         value = values.get(name)
         if name in new.given and isinstance(value, Mapping):
@@ -141,18 +142,29 @@ def _told(new: NewImage) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def option_lines(kind: type[Driver]) -> Iterator[str]:
-    """What `-o help` tells of a format."""
+def option_lines(format: str, filename: str) -> Iterator[str]:
+    """What `-o help` tells of a format, and of the storage that a file name calls for.
+
+    Raises:
+        OptionError: there is no such format, or it can't make images; or no such storage.
+    """
+    from pynbd.block.graph import Graph
+    from pynbd.cli.img import creation
+
+    kind = creation.format_class(format)
     assert kind.CreateOptions is not None
-    yield f"Supported {kind.name} options:"
-    yield from option_lines_of(kind.CreateOptions)
+    yield "Supported options:" if filename else f"Supported {kind.name} options:"
+    further = creation.storage_class(Graph().storage_tree(filename)).FurtherCreateOptions if filename else None
+    yield from option_lines_of(kind.CreateOptions, *(() if further is None else (further,)))
+    if not filename:
+        yield "\nThe storage may take more options: with the name of the new image they are listed, too."
 
 
-def option_lines_of(options: type[Struct]) -> Iterator[str]:
-    """A line for each option of a struct, those of structs inside it as well, in alphabetical order."""
+def option_lines_of(*options: type[Struct]) -> Iterator[str]:
+    """A line for each option of some structs, those of structs inside them as well, in alphabetical order."""
     from pynbd.cli.driver_reference import argument_texts
 
-    yield from sorted(_option_lines(options, argument_texts(options), ""))
+    yield from sorted(line for kind in options for line in _option_lines(kind, argument_texts(kind), ""))
 
 
 def _option_lines(options: Any, texts: Mapping[str, str], prefix: str) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ class NewImage(NamedTuple):
         filename: as it was given.
         storage: the tree of the storage that it will lie in.
         options: checked.
+        further: what the storage takes besides, if it takes anything; checked.
         given: the same as they were written, and what was added to them.
     """
 
@@ -35,6 +37,7 @@ class NewImage(NamedTuple):
     filename: str
     storage: dict[str, Any]
     options: CreationOptions
+    further: msgspec.Struct | None
     given: Mapping[str, Any]
 
 
@@ -78,8 +81,30 @@ def plan(graph: Graph, filename: str, format: str, given: Mapping[str, Any]) -> 
     if filename and backing and names_itself(filename, backing):
         raise OptionError(f"{filename}: an image can't be its own backing file")
     assert kind.CreateOptions is not None
-    options = opt.convert(given, kind.CreateOptions, driver=format)
-    return NewImage(kind, filename, graph.storage_tree(filename) if filename else {}, options, given)
+    storage = graph.storage_tree(filename) if filename else {}
+    further, own = _of_storage(storage, given)
+    options = opt.convert(own, kind.CreateOptions, driver=format)
+    return NewImage(kind, filename, storage, options, further, given)
+
+
+def storage_class(tree: Mapping[str, Any]) -> type[Driver]:
+    """The driver of some storage, that of files if nobody says which."""
+    return registry.driver_class(str(tree.get("driver", "file")))
+
+
+def _of_storage(tree: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[msgspec.Struct | None, dict[str, Any]]:
+    """(options that a storage takes besides, None if it has none; the others).
+
+    Raises:
+        OptionError: one of the storage's is wrong.
+    """
+    kind = storage_class(tree)
+    if kind.FurtherCreateOptions is None:
+        return None, dict(given)
+    names = {field.encode_name for field in msgspec.structs.fields(kind.FurtherCreateOptions)}
+    wanted = {name: value for name, value in given.items() if name in names}
+    others = {name: value for name, value in given.items() if name not in names}
+    return opt.convert(wanted, kind.FurtherCreateOptions, driver=kind.name), others
 
 
 async def make(graph: Graph, new: NewImage) -> None:
@@ -94,21 +119,28 @@ async def make(graph: Graph, new: NewImage) -> None:
 
 async def _make(graph: Graph, new: NewImage) -> None:
     async with contextlib.AsyncExitStack() as made:
-        file = await made.enter_async_context(_new_storage(graph, new.storage))
+        file = await made.enter_async_context(_new_storage(graph, new.storage, new.further))
         name = getattr(new.options, "data_file", None)
         data_file = None
         if name:
-            data_file = await made.enter_async_context(_new_storage(graph, graph.storage_tree(name)))
+            tree = graph.storage_tree(name)
+            further, _ = _of_storage(tree, new.given)
+            data_file = await made.enter_async_context(_new_storage(graph, tree, further))
         await new.kind.create_image(file, new.options, data_file=data_file)
 
 
 @contextlib.asynccontextmanager
-async def _new_storage(graph: Graph, tree: dict[str, Any]) -> AsyncIterator[BlockBackend]:
-    """A user of new, empty storage."""
+async def _new_storage(
+    graph: Graph, tree: dict[str, Any], further: msgspec.Struct | None
+) -> AsyncIterator[BlockBackend]:
+    """A user of new, empty storage. What could not be had of what was asked for is told on stderr."""
     kind = registry.driver_class(str(tree["driver"]))
     options = {key: value for key, value in tree.items() if key != "driver"}
     if kind.create.__func__ is not Driver.create.__func__:  # type: ignore[attr-defined]  # bound class methods
-        await kind.create(opt.convert(options, kind.Options, driver=kind.name), 0, Preallocation.OFF)
+        wanted = opt.convert(options, kind.Options, driver=kind.name)
+        more = () if further is None else (further,)
+        for problem in await kind.create(wanted, 0, Preallocation.OFF, *more) or ():
+            print(f"warning: {tree.get('filename', kind.name)}: {problem}", file=sys.stderr)
     node = await graph.open(tree, read_only=False, discard="unmap")
     try:
         backend = BlockBackend(f"new image {tree.get('filename', kind.name)}")

@@ -46,6 +46,11 @@ KEY = ("--object", "secret,id=s,data=abc")
         ("new.raw", "8E"),
         ("new.raw", "10", "20"),
         ("missing/new.raw", "1M"),
+        ("-o", "nocow=on", "new.raw", "1M"),
+        ("-o", "extent_size_hint=64k,nocow=off,preallocation=off", "new.raw", "1M"),
+        ("-o", "extent_size_hint=0", "new.raw", "1M"),
+        ("-o", "nocow=maybe", "new.raw", "1M"),
+        ("-o", "extent_size_hint=-1", "new.raw", "1M"),
         (),
     ],
 )
@@ -94,6 +99,35 @@ def test_into_what_can_not_be_resized(disk: Path) -> None:
     with peers.qemu_nbd(disk) as server:
         ok("create", "-q", server.uri(), "1M")
         assert img("create", "-q", server.uri(), "1G").status == 1
+
+
+def test_a_hint_that_is_too_large(folder: Path) -> None:
+    """The kernel has 32 bits for it. qemu-img finds it out after it has told what it will make."""
+    words = ("-o", "extent_size_hint=4G", "new.raw", "1M")
+    assert qemu_img("create", *words).status == 1
+    assert "extent_size_hint" in failure("create", *words)
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("data", [(), ("data_file=d.raw",)])
+def test_options_of_the_file_go_with_those_of_the_format(data: tuple[str, ...], folder: Path) -> None:
+    for given in ("nocow=on,refcount_bits=8", "lazy_refcounts=on,extent_size_hint=0,nocow=on"):
+        assert "nocow=on" in same("create", "-f", "qcow2", "-o", ",".join((given, *data)), "a.qcow2", "1M")
+        qemu_img("check", "-q", "a.qcow2")
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2", "luks"])
+@pytest.mark.parametrize("words", [(), ("source.img", "new.img")])
+@pytest.mark.parametrize("verb", ["create", "convert"])
+def test_help_lists_the_options_of_qemu_img(verb: str, words: tuple[str, ...], format: str) -> None:
+    """Those of the file as well, if there is a name; one that is the storage's for QEMU is a format's here."""
+    which, most = ("-f", 1) if verb == "create" else ("-O", 2)
+    ours, theirs = (run(verb, which, format, "-o", "help", *words[-most:]) for run in (img, qemu_img))
+    assert (ours.status, ours.err) == (theirs.status, theirs.err) == (0, "")
+    assert ours.out.splitlines()[0] == theirs.out.splitlines()[0]
+    names = [{line.split()[0] for line in told.out.splitlines() if line[:2] == "  "} for told in (ours, theirs)]
+    assert names[0] - {"preallocation=<str>"} == names[1] - {"preallocation=<str>"}
+    assert ("may take more options" in ours.out) == ("may support further options" in theirs.out) == (not words)
 
 
 def test_help() -> None:
