@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any, Self
 
 REFRESH_S = 0.1
 """Between two drawings."""
@@ -55,36 +58,69 @@ def bar(total: int, done: Callable[[], int]) -> Iterator[None]:
             yield
 
 
-@contextlib.contextmanager
-def percentages(total: int, done: Callable[[], int]) -> Iterator[None]:
-    """Lines on stdout like those of qemu-img's `-p`, which scripts read: `    (12.34/100%)` and a carriage return.
+class Progress:
+    """How far a verb of `pynbd img` is, while it is entered.
+
+    With `-p` a bar shows it to people, and to scripts what qemu-img prints: `    (12.34/100%)` and a carriage return at
+    0, at 100, and where it has gone on by some percent; and the end of the line when it is left. Without `-p` a line
+    on stderr tells it whenever the process gets the signal SIGUSR1.
 
     Args:
-        total: in any unit.
-        done: tells how much of it is done.
-    """
-    before = -1.0
-
-    def draw() -> None:
-        nonlocal before
-        percent = 100 * done() / total if total else 100.0
-        if percent - before >= 1 or (percent == 100 and before != 100):
-            print(f"    ({percent:3.2f}/100%)", end="\r", flush=True)
-            before = percent
-
-    with repeated(draw):
-        yield
-    print()
-
-
-def shown(total: int, done: Callable[[], int], *, wanted: bool) -> contextlib.AbstractContextManager[None]:
-    """What `-p` shows while the block runs: a bar to people, numbers to scripts.
-
-    Args:
-        total: in bytes.
-        done: tells how much of it is done.
         wanted: whether `-p` was given.
+        step: more than so many percent lie between two numbers.
     """
-    if not wanted:
-        return contextlib.nullcontext()
-    return (bar if sys.stdout.isatty() and sys.stderr.isatty() else percentages)(total, done)
+
+    def __init__(self, *, wanted: bool, step: float = 1.0) -> None:
+        self._bar = wanted and sys.stdout.isatty() and sys.stderr.isatty()
+        self._prints = wanted and not self._bar
+        self._asked = not wanted
+        self._step = step
+        self._told = -1.0
+        self._total = 1
+        self._done: Callable[[], int] = int
+        self._before: Any = signal.SIG_DFL
+
+    def __enter__(self) -> Self:
+        if self._asked:
+            self._before = signal.signal(signal.SIGUSR1, self._answer)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._asked:
+            signal.signal(signal.SIGUSR1, self._before)
+        if self._prints:
+            print()
+
+    def tell(self, percent: float) -> None:
+        """Print a number, if it is time for one."""
+        is_due = percent - self._told > self._step or (percent in (0, 100) and percent != self._told)
+        if self._prints and is_due:
+            print(f"    ({percent:3.2f}/100%)", end="\r", flush=True)
+            self._told = percent
+
+    @contextlib.contextmanager
+    def follow(self, total: int, done: Callable[[], int]) -> Iterator[None]:
+        """Show how far something is while the block runs.
+
+        Args:
+            total: in any unit.
+            done: tells how much of it is done.
+        """
+        self._total, self._done = total, done
+        if self._bar:
+            with bar(total, done):
+                yield
+        elif self._prints:
+            self.tell(0)
+            with repeated(lambda: self.tell(self._percent())):
+                yield
+        else:
+            yield
+
+    def _percent(self) -> float:
+        return min(100 * self._done() / self._total, 100.0) if self._total else 0.0
+
+    def _answer(self, *_: object) -> None:
+        # Python's own files must not be used here: the signal may come while one of them is being written to.
+        with contextlib.suppress(OSError):
+            os.write(2, f"    ({self._percent():3.2f}/100%)\n".encode())

@@ -6,6 +6,7 @@ scripts read (standard output and the exit status) is as qemu-img has it; what p
 
 import gc
 import importlib
+import signal
 from collections.abc import Sequence
 
 from pynbd import __version__
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str]) -> int:
         The exit status: that of qemu-img.
     """
     gc.set_threshold(GARBAGE_OBJECTS)
+    signal.signal(signal.SIGUSR1, _pass_over)
     name, given = _split(arguments)
     module = importlib.import_module(VERBS[name].module)
     parser = VerbParser(
@@ -63,6 +65,10 @@ def main(arguments: Sequence[str]) -> int:
     from pynbd.cli.failure import complete
 
     return complete(f"img {name}", module.run(parsed), failed=getattr(module, "FAILED", 1))
+
+
+def _pass_over(*_: object) -> None:
+    """SIGUSR1 asks how far a verb is, and ends none: neither those that have nothing to say, nor one that is done."""
 
 
 def _split(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from pynbd.cli.img import arguments as common
 
 if TYPE_CHECKING:
     from pynbd.block.driver import Driver
+
+PARTS = 1000
+"""In which the length of an amendment is told."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +34,7 @@ async def run(arguments: argparse.Namespace) -> int:
     from pynbd.block.families import Amendable
     from pynbd.cli.img.create import option_lines_of
     from pynbd.cli.img.images import describe, open_node
-    from pynbd.cli.progress import shown
+    from pynbd.cli.progress import Progress
 
     if not arguments.options:
         raise OptionError("the options are missing: give -o")
@@ -55,14 +59,16 @@ async def run(arguments: argparse.Namespace) -> int:
         nonlocal done, total
         done, total = now, max(whole, 1)
 
-    async with open_node(graph, tree, writing=True, cache=arguments.cache) as node:
+    async with contextlib.AsyncExitStack() as opened:
+        shown = opened.enter_context(Progress(wanted=arguments.progress and not arguments.quiet))
+        node = await opened.enter_async_context(open_node(graph, tree, writing=True, cache=arguments.cache))
         if not isinstance(node.driver, Amendable):
             raise OptionError(f"{filename}: format {node.driver.name!r} has no options that can be changed")
         _keep_disk(node.driver, changes, filename)
-        wanted = arguments.progress and not arguments.quiet
-        with shown(1000, lambda: 1000 * done // total, wanted=wanted):
+        with shown.follow(PARTS, lambda: PARTS * done // total):
             async with drained(node):
                 await node.driver.amend(changes, progress, force=arguments.force)
+        shown.tell(100)
     return 0
 
 

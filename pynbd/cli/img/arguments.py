@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,6 +36,8 @@ CACHE_MODES: Mapping[str, CacheMode] = {
     "unsafe": CacheMode(no_flush=True),
 }
 """QEMU's cache modes."""
+
+INTEGER = re.compile(r"[ \t\n\v\f\r]*(?P<sign>[+-]?)(?:0[xX](?P<hex>[0-9a-fA-F]{1,16})|(?P<digits>[0-9]{1,20}))")
 
 PREALLOCATION_MODES = ("off", "metadata", "falloc", "full")
 
@@ -113,6 +116,36 @@ def expect(words: list[str], count: int, what: str) -> list[str]:
     return words
 
 
+def named(filename: str) -> str:
+    """The file name of a new image.
+
+    Raises:
+        OptionError: it is empty.
+    """
+    from pynbd.block.errors import OptionError
+
+    if not filename:
+        raise OptionError("the name of the new image is empty")
+    return filename
+
+
+def integer(text: str) -> int:
+    """A number as C's strtol reads it: decimal, `0x10`, or octal with a 0 before it.
+
+    Raises:
+        ArgumentTypeError: it is none, or a number of more than 64 bits.
+    """
+    match = INTEGER.fullmatch(text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no number")
+    base = 16 if match["hex"] else 8 if match["digits"].startswith("0") else 10
+    try:
+        value = int(match["hex"] or match["digits"], base)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no number") from None
+    return -value if match["sign"] == "-" else value
+
+
 def new_graph(arguments: argparse.Namespace) -> Graph:
     """A graph with the objects of the command line.
 
@@ -141,10 +174,13 @@ def parse_creation_options(texts: Iterable[str]) -> dict[str, Any]:
     Raises:
         OptionError: they can't be understood.
     """
+    from pynbd.block.errors import OptionError
     from pynbd.block.options import parse_dotted, split_commas
 
     found: dict[str, str] = {}
     for text in texts:
+        if (len(text) - len(text.rstrip(","))) % 2:
+            raise OptionError(f"-o: {text[:80]!r} ends with a comma, and no option follows")
         for part in split_commas(text):
             key, equals, value = part.partition("=")
             found[key] = value if equals else "on"

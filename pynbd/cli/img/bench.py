@@ -22,17 +22,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_words(parser, "FILENAME")
     common.add_image(parser)
     common.add_cache(parser, "-t", "cache", "writeback", "the image")
-    parser.add_argument("-c", "--count", type=int, default=DEFAULT_COUNT, metavar="N", help="requests (%(default)s)")
-    parser.add_argument("-d", "--depth", type=int, default=DEFAULT_DEPTH, metavar="N", help="at once (%(default)s)")
+    parser.add_argument(
+        "-c", "--count", type=common.integer, default=DEFAULT_COUNT, metavar="N", help="requests (%(default)s)"
+    )
+    parser.add_argument(
+        "-d", "--depth", type=common.integer, default=DEFAULT_DEPTH, metavar="N", help="at once (%(default)s)"
+    )
     parser.add_argument("-s", "--buffer-size", default=DEFAULT_BUFFER, metavar="SIZE", help="of each (%(default)s)")
     parser.add_argument("-S", "--step-size", metavar="SIZE", help="from one to the next (as the buffer size)")
     parser.add_argument("-o", "--offset", default="0", metavar="OFFSET", help="of the first")
     parser.add_argument("-w", "--write", action="store_true", help="write instead of reading")
-    parser.add_argument("--pattern", type=int, default=0, metavar="BYTE", help="what is written (%(default)s)")
-    parser.add_argument("--flush-interval", type=int, default=0, metavar="N", help="flush after so many writes")
+    parser.add_argument(
+        "--pattern", type=common.integer, default=0, metavar="BYTE", help="what is written (%(default)s)"
+    )
+    parser.add_argument(
+        "--flush-interval", type=common.integer, default=0, metavar="N", help="flush after so many writes"
+    )
     parser.add_argument("--no-drain", action="store_true", help="do not wait for all requests before a flush")
-    parser.add_argument("-i", "--aio", choices=("threads", "native", "io_uring"), default="threads", help="accepted")
-    parser.add_argument("-n", "--native", action="store_true", help="accepted")
+    parser.add_argument("-i", "--aio", choices=("threads", "native", "io_uring"), default="threads", help="who reads")
+    parser.add_argument("-n", "--native", action="store_true", help="the same as -i native")
     common.add_quiet(parser)
     common.add_force_share(parser)
 
@@ -45,7 +53,7 @@ async def run(arguments: argparse.Namespace) -> int:
     graph = common.new_graph(arguments)
     (filename,) = common.expect(arguments.words, 1, "one image file name")
     offset, size, step = _sizes(arguments)
-    _check(arguments)
+    _check(arguments, size, step)
     async with open_image(
         graph,
         filename,
@@ -55,8 +63,9 @@ async def run(arguments: argparse.Namespace) -> int:
         cache=arguments.cache,
         force_share=arguments.force_share,
     ) as image:
-        if size > image.node.size:
-            raise BlockError(f"{filename}: a request of {size} bytes does not fit into a disk of {image.node.size}")
+        room = image.node.size if arguments.write else image.size
+        if arguments.count and (size > room or offset >= room):
+            raise BlockError(f"{filename}: a request of {size} bytes at {offset} does not fit into a disk of {room}")
         _announce(arguments, offset, size, step)
         bench = Bench(image, arguments, offset, size, step)
         started = asyncio.get_running_loop().time()
@@ -75,12 +84,18 @@ def _sizes(arguments: argparse.Namespace) -> tuple[int, int, int]:
     return parse_size(arguments.offset, what="-o"), size, step or size
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def _check(arguments: argparse.Namespace, size: int, step: int) -> None:
     from pynbd.block.errors import OptionError
+
+    is_native = arguments.native or arguments.aio == "native"
+    is_direct = common.cache_mode(arguments.cache).direct
 
     for wrong, why in (
         (not 0 <= arguments.count <= MAX_COUNT, f"-c: {arguments.count} is not in 0 to {MAX_COUNT}"),
         (not 1 <= arguments.depth <= MAX_COUNT, f"-d: {arguments.depth} is not in 1 to {MAX_COUNT}"),
+        (not 1 <= size <= MAX_COUNT, f"-s: {size} is not in 1 to {MAX_COUNT}"),
+        (not 0 <= step <= MAX_COUNT, f"-S: {step} is not in 0 to {MAX_COUNT}"),
+        (is_native and not is_direct, "-i native needs a cache mode that goes around the page cache: -t none"),
         (not 0 <= arguments.pattern <= 255, f"--pattern: {arguments.pattern} is no byte"),
         (arguments.flush_interval < 0, f"--flush-interval: {arguments.flush_interval} is negative"),
         (arguments.flush_interval and not arguments.write, "--flush-interval is for writes only (-w)"),
@@ -156,12 +171,13 @@ class Bench:
                 if self._flush_interval and not self._drains and number % self._flush_interval == 0:
                     await backend.flush()
             else:
-                await backend.read(offset, buffer)
+                await self._image.read(offset, buffer)
 
     def _next_offset(self) -> int:
-        """Where the next request goes; behind the end the disk begins anew."""
+        """Where the next request goes: behind the end the disk begins anew, and also where one would not fit."""
+        size = self._image.node.size if self._writes else self._image.size
         offset = self._offset
-        if offset + self._size > self._image.node.size:
+        if offset + self._size > size:
             offset = 0
-        self._offset = offset + self._step
+        self._offset = (self._offset + self._step) % size
         return offset

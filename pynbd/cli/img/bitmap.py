@@ -85,7 +85,7 @@ def _granularity(arguments: argparse.Namespace) -> int | None:
     ):
         if wrong:
             raise OptionError(why)
-    return parse_size(arguments.granularity, what="-g") if arguments.granularity is not None else None
+    return (parse_size(arguments.granularity, what="-g") or None) if arguments.granularity is not None else None
 
 
 async def _act(

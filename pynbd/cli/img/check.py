@@ -56,11 +56,13 @@ async def run(arguments: argparse.Namespace) -> int:
             return NOTHING_TO_CHECK
         result = await _check(node, repair, quiet=arguments.quiet or arguments.output == "json")
         facts = facts_of(result, filename_of(node), node.driver.name)
-    if arguments.output == "json":
+    if arguments.quiet:
+        pass
+    elif arguments.output == "json":
         from pynbd.cli.img import qemu_json
 
         print(qemu_json.pretty(facts))
-    elif not arguments.quiet:
+    else:
         print(human_text(result), end="")
     return status_of(result)
 

@@ -13,6 +13,8 @@ from pynbd.cli.img import arguments as common
 if TYPE_CHECKING:
     from pynbd.block.graph import Graph
     from pynbd.block.node import Node
+    from pynbd.cli.interruption import Interruption
+    from pynbd.cli.progress import Progress
 
 REQUESTS = 8
 PIECE_BYTES = 2 << 20
@@ -37,6 +39,7 @@ async def run(arguments: argparse.Namespace) -> int:
     from pynbd.cli.img.chain import backing_trees
     from pynbd.cli.img.images import describe
     from pynbd.cli.interruption import Interruption
+    from pynbd.cli.progress import Progress
 
     graph = common.new_graph(arguments)
     rate = parse_size(arguments.rate, what="-r") if arguments.rate is not None else 0
@@ -47,10 +50,11 @@ async def run(arguments: argparse.Namespace) -> int:
         raise BlockError(f"{filename}: the image has no backing file")
     depth = _depth(below, arguments.base, filename)
     interruption = Interruption()
-    with interruption.listening():
+    with interruption.listening(), Progress(wanted=arguments.progress and not arguments.quiet) as progress:
+        progress.tell(0)
         async with contextlib.AsyncExitStack() as opened:
             base, top = await _open(graph, tree, below, depth, arguments.cache, opened)
-            await _commit(graph, arguments, top, base, rate, interruption)
+            await _commit(graph, arguments, top, base, rate, interruption, progress)
     if not arguments.quiet:
         print("Image committed.")
     return 0
@@ -96,7 +100,13 @@ async def _open(
 
 
 async def _commit(
-    graph: Graph, arguments: argparse.Namespace, top: Node, base: Node, rate: int, interruption: Any
+    graph: Graph,
+    arguments: argparse.Namespace,
+    top: Node,
+    base: Node,
+    rate: int,
+    interruption: Interruption,
+    progress: Progress,
 ) -> None:
     from pynbd.block.drain import drained
     from pynbd.block.errors import BlockError
@@ -105,7 +115,6 @@ async def _commit(
     from pynbd.cli.copier import Copier
     from pynbd.cli.img.images import attached
     from pynbd.cli.img.sources import Above
-    from pynbd.cli.progress import shown
 
     async with (
         # The base changes under the image, but only to what the image shows already.
@@ -124,12 +133,12 @@ async def _commit(
             in_order=base.driver.name != "raw",
             bytes_per_s=rate,
         )
-        wanted = arguments.progress and not arguments.quiet
-        with interruption.stops(copier), shown(source.size, lambda: copier.done_bytes, wanted=wanted):
+        with interruption.stops(copier), progress.follow(source.size, lambda: copier.done_bytes):
             await copier.run()
             if copier.stopped:
                 raise BlockError(f"interrupted; {arguments.words[0]} is as it was, its base holds a part of it")
             await target.backend.flush()
+        progress.tell(100)
     if not arguments.keep and arguments.base is None and isinstance(top.driver, Emptiable):
         async with drained(top):
             await top.driver.make_empty()

@@ -29,6 +29,9 @@ STATUS_BYTES = 1 << 30
 
 SECTOR_BYTES = 512
 
+PROGRESS_STEP = 2.0
+"""More than so many percent lie between two numbers of `-p`; it is qemu-img's."""
+
 ZEROES = bytearray(PIECE_BYTES)
 
 
@@ -55,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 async def run(arguments: argparse.Namespace) -> int:
     """Carry the verb out; its exit status."""
     from pynbd.cli.img.images import open_image
-    from pynbd.cli.progress import shown
+    from pynbd.cli.progress import Progress
 
     if len(arguments.words) != 2:
         print("pynbd img compare: expected two image file names", file=sys.stderr)
@@ -63,16 +66,16 @@ async def run(arguments: argparse.Namespace) -> int:
     graph = common.new_graph(arguments)
     first_name, second_name = arguments.words
     more = {"cache": arguments.cache, "force_share": arguments.force_share, "image_opts": arguments.image_opts}
-    async with (
-        open_image(graph, first_name, format=arguments.format, **more) as first,
-        open_image(graph, second_name, format=arguments.second_format, **more) as second,
-    ):
-        comparison = Comparison(first, second, arguments)
-        wanted = arguments.progress and not arguments.quiet
-        with shown(comparison.total, lambda: comparison.done_bytes, wanted=wanted):
-            verdict, status = await comparison.run()
-    if not arguments.quiet or status > 1:
-        print(verdict, file=sys.stdout if status <= 1 else sys.stderr)
+    with Progress(wanted=arguments.progress and not arguments.quiet, step=PROGRESS_STEP) as progress:
+        async with (
+            open_image(graph, first_name, format=arguments.format, **more) as first,
+            open_image(graph, second_name, format=arguments.second_format, **more) as second,
+        ):
+            comparison = Comparison(first, second, arguments)
+            with progress.follow(comparison.total, lambda: comparison.done_bytes):
+                verdict, status = await comparison.run()
+        if not arguments.quiet or status > 1:
+            print(verdict, file=sys.stdout if status <= 1 else sys.stderr)
     return status
 
 

@@ -12,9 +12,12 @@ from pynbd.cli.img import arguments as common
 if TYPE_CHECKING:
     from pynbd.block.bitmaps import DirtyBitmap
     from pynbd.block.graph import Graph
+    from pynbd.cli.copier import Copier
     from pynbd.cli.img.creation import NewImage
     from pynbd.cli.img.images import Image
     from pynbd.cli.img.sources import Concatenation, Top
+    from pynbd.cli.interruption import Interruption
+    from pynbd.cli.progress import Progress
 
 MAX_COROUTINES = 16
 DEFAULT_COROUTINES = 8
@@ -33,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_target_arguments(parser)
     parser.add_argument("-l", dest="snapshot", metavar="SNAPSHOT", help="copy an internal snapshot")
     parser.add_argument("-S", dest="sparse", metavar="SIZE", help="zeroes shorter than this are data (4k; 0: all are)")
-    parser.add_argument("-m", dest="coroutines", type=int, default=DEFAULT_COROUTINES, metavar="N", help="at once (8)")
+    parser.add_argument(
+        "-m", dest="coroutines", type=common.integer, default=DEFAULT_COROUTINES, metavar="N", help="at once (8)"
+    )
     parser.add_argument("-W", dest="any_order", action="store_true", help="write in any order")
     parser.add_argument("-C", dest="offload", action="store_true", help="accepted; the copy is the usual one")
     parser.add_argument("-r", dest="rate", metavar="SIZE", help="bytes per second, at the most")
@@ -62,6 +67,7 @@ async def run(arguments: argparse.Namespace) -> int:
     """Carry the verb out; its exit status."""
     from pynbd.cli.img import create
     from pynbd.cli.interruption import Interruption
+    from pynbd.cli.progress import Progress
 
     if common.asks_for_help(arguments.options):
         output = arguments.words[-1] if len(arguments.words) > 1 else ""
@@ -70,12 +76,14 @@ async def run(arguments: argparse.Namespace) -> int:
     graph = common.new_graph(arguments)
     check(arguments)
     interruption = Interruption()
-    with interruption.listening():
+    with interruption.listening(), Progress(wanted=arguments.progress and not arguments.quiet) as progress:
+        progress.tell(0)
         async with contextlib.AsyncExitStack() as opened:
             sources = [
                 await opened.enter_async_context(_source(graph, arguments, name)) for name in arguments.words[:-1]
             ]
-            await _convert(graph, arguments, sources, interruption)
+            await _convert(graph, arguments, sources, interruption, progress)
+        progress.tell(100)
     return 0
 
 
@@ -91,6 +99,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise OptionError("expected the names of one image or more, and of the output")
     several = len(arguments.words) > 2
     for wrong, why in (
+        (not arguments.words[-1], "the name of the output is empty"),
         (not 1 <= arguments.coroutines <= MAX_COROUTINES, f"-m: the number must be 1 to {MAX_COROUTINES}"),
         (arguments.target_is_zero and not arguments.no_create, "--target-is-zero is of use with -n only"),
         (arguments.target_image_opts and not arguments.no_create, "--target-image-opts is of use with -n only"),
@@ -148,7 +157,14 @@ async def _source(graph: Graph, arguments: argparse.Namespace, name: str) -> Asy
 # --- the target ---------------------------------------------------------------------------------------------------
 
 
-async def _convert(graph: Graph, arguments: argparse.Namespace, sources: Sequence[Image], interruption: Any) -> None:
+async def _convert(
+    graph: Graph,
+    arguments: argparse.Namespace,
+    sources: Sequence[Image],
+    interruption: Interruption,
+    progress: Progress,
+) -> None:
+    from pynbd.block.errors import BlockError
     from pynbd.cli.img import bitmap_copies, creation
     from pynbd.cli.img.images import attached, describe, open_node
     from pynbd.cli.img.sources import Concatenation
@@ -175,7 +191,12 @@ async def _convert(graph: Graph, arguments: argparse.Namespace, sources: Sequenc
         target = await opened.enter_async_context(attached(graph, node, output, writing=True, cache=arguments.cache))
         if arguments.bitmaps:
             bitmap_copies.check_target(node, bitmaps)
-        await _copy(arguments, sources, source, target, interruption)
+        copier = await _copier(arguments, sources, source, target)
+        with interruption.stops(copier), progress.follow(source.size, lambda: copier.done_bytes):
+            await copier.run()
+            if copier.stopped:
+                raise BlockError(f"interrupted; {target.name} holds a part of the disk")
+            await target.backend.flush()
         await bitmap_copies.copy_bitmaps(graph, bitmaps, node)
 
 
@@ -221,15 +242,19 @@ def _tree_of(new: NewImage) -> dict[str, Any]:
 # --- the copy -----------------------------------------------------------------------------------------------------
 
 
-async def _copy(
-    arguments: argparse.Namespace, sources: Sequence[Image], whole: Concatenation, target: Image, interruption: Any
-) -> None:
+async def _copier(
+    arguments: argparse.Namespace, sources: Sequence[Image], whole: Concatenation, target: Image
+) -> Copier:
+    """What copies the sources to the target.
+
+    Raises:
+        BlockError: the target is too small.
+    """
     from pynbd.block.errors import BlockError
     from pynbd.block.options import parse_size
     from pynbd.block.requests import RequestFlag
     from pynbd.cli.copier import Copier
     from pynbd.cli.img.sources import Top
-    from pynbd.cli.progress import shown
     from pynbd.cli.pump import Pump
 
     if target.node.size < whole.size:
@@ -247,7 +272,7 @@ async def _copy(
     pump = None
     if not arguments.compressed and Pump.takes(block if sparse else 0):
         pump = Pump(source.locate, block_bytes=block if sparse else 0, cluster_bytes=cluster, skips_zeroes=is_zero)
-    copier = Copier(
+    return Copier(
         source,
         target.backend,
         requests=arguments.coroutines,
@@ -262,9 +287,3 @@ async def _copy(
         bytes_per_s=parse_size(arguments.rate, what="-r") if arguments.rate is not None else 0,
         pump=pump,
     )
-    wanted = arguments.progress and not arguments.quiet
-    with interruption.stops(copier), shown(source.size, lambda: copier.done_bytes, wanted=wanted):
-        await copier.run()
-        if copier.stopped:
-            raise BlockError(f"interrupted; {target.name} holds a part of the disk")
-        await target.backend.flush()

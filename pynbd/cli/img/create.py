@@ -33,6 +33,18 @@ QCOW2_ORDER = (
 )
 """The order in which qemu-img tells the options of a new qcow2 image; other formats have that of their declaration."""
 
+ENCRYPT_ORDER = (
+    "format",
+    "key-secret",
+    "cipher-alg",
+    "cipher-mode",
+    "ivgen-alg",
+    "ivgen-hash-alg",
+    "hash-alg",
+    "iter-time",
+)
+"""The same of the options of `encrypt`."""
+
 FILE_ORDER = ("nocow", "preallocation", "extent_size_hint")
 """The order of a file's own options, behind those of the format."""
 
@@ -65,7 +77,7 @@ async def run(arguments: argparse.Namespace) -> int:
     graph = common.new_graph(arguments)
     if not 1 <= len(arguments.words) <= 2:
         common.expect(arguments.words, 1, "an image file name and its size")
-    filename = arguments.words[0]
+    filename = common.named(arguments.words[0])
     given = common.parse_creation_options(arguments.options)
     for option, value in (("backing_file", arguments.backing), ("backing_fmt", arguments.backing_format)):
         if value is not None and option in given:
@@ -137,7 +149,8 @@ def _told(new: NewImage) -> Iterator[tuple[str, Any]]:
     for name in names:
         value = values.get(name)
         if name in new.given and isinstance(value, Mapping):
-            yield from ((f"{name}.{key}", value[key]) for key in new.given[name] if key in value)
+            keys = [key for key in ENCRYPT_ORDER if key in new.given[name]]
+            yield from ((f"{name}.{key}", value[key]) for key in keys if key in value)
         elif name in new.given or (name in TOLD_ANYWAY and value is not None):
             yield name, value
 

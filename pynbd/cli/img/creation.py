@@ -73,6 +73,8 @@ def plan(graph: Graph, filename: str, format: str, given: Mapping[str, Any]) -> 
     Raises:
         OptionError: it can't be made so.
     """
+    if filename.startswith("json:"):
+        raise OptionError(f"{filename}: a new image is named by a file name or a URI, not by options")
     kind = format_class(format)
     for option, what in (("backing_file", "a backing file"), ("backing_fmt", "the format of a backing file")):
         if option in given and not takes(kind, option):

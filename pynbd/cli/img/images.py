@@ -247,6 +247,17 @@ def _own_options(options: NodeOptions) -> dict[str, Any]:
     }
 
 
+def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Groups of options as dotted keys, without what nobody gave."""
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{name}.{key}": inner for key, inner in _flat(value).items()})
+        elif value is not None:
+            flat[name] = value
+    return flat
+
+
 def _tree_of(node: Node) -> dict[str, Any]:
     children = {name: _tree_of(edge.node) for name, edge in node.children.items() if name != "backing"}
-    return {**_own_options(node.options), "driver": node.driver.name, **children}
+    return {**_flat(_own_options(node.options)), "driver": node.driver.name, **children}

@@ -1,5 +1,6 @@
 """JSON as QEMU's tools print it, to the last blank."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -50,4 +51,14 @@ def _scalar(value: Any) -> str:
     if isinstance(value, str):
         # A file name is bytes; what is no UTF-8 in it can't be told in JSON.
         value = value.encode(errors="surrogateescape").decode(errors="replace")
-    return json.dumps(value)
+    text = json.dumps(value)
+    return (
+        re.sub(r"(?<!\\)((?:\\\\)*)\\u([0-9a-f]{4})", _upper, text)
+        if isinstance(value, str) and "\\u" in text
+        else text
+    )
+
+
+def _upper(escape: "re.Match[str]") -> str:
+    """QEMU writes the digits of an escape in capitals."""
+    return f"{escape[1]}\\u{escape[2].upper()}"

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pynbd.block.graph import Graph
     from pynbd.block.node import Node
     from pynbd.cli.img.images import Image
+    from pynbd.cli.progress import Progress
 
 PIECE_BYTES = 2 << 20
 STATUS_BYTES = 1 << 30
@@ -40,15 +41,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 async def run(arguments: argparse.Namespace) -> int:
     """Carry the verb out; its exit status."""
-    from pynbd.block import registry
-    from pynbd.block.errors import BlockError, OptionError
-    from pynbd.block.families import Backed
-    from pynbd.cli.img.images import describe, open_node
+    from pynbd.block.errors import OptionError
+    from pynbd.cli.progress import Progress
 
     graph = common.new_graph(arguments)
     (filename,) = common.expect(arguments.words, 1, "one image file name")
     if arguments.backing is None and not arguments.unsafe:
         raise OptionError("the new backing file is missing: give -b, or -u for none")
+    with Progress(wanted=arguments.progress and not arguments.quiet) as progress:
+        progress.tell(0)
+        await _rebase(graph, arguments, filename, progress)
+    return 0
+
+
+async def _rebase(graph: Graph, arguments: argparse.Namespace, filename: str, progress: Progress) -> None:
+    from pynbd.block import registry
+    from pynbd.block.errors import BlockError, OptionError
+    from pynbd.block.families import Backed
+    from pynbd.cli.img.images import describe, open_node
+
     common.cache_mode(arguments.source_cache)
     if arguments.backing_format:
         registry.driver_class(arguments.backing_format)
@@ -62,16 +73,15 @@ async def run(arguments: argparse.Namespace) -> int:
         if backing and not arguments.backing_format:
             raise OptionError(f"backing file {backing!r} without its format: give it with -F")
         if not arguments.unsafe:
-            await _keep_what_differs(graph, arguments, node)
+            await _keep_what_differs(graph, arguments, node, progress)
+        progress.tell(100)
         await node.driver.change_backing_file(backing, arguments.backing_format)
-    return 0
 
 
-async def _keep_what_differs(graph: Graph, arguments: argparse.Namespace, node: Node) -> None:
+async def _keep_what_differs(graph: Graph, arguments: argparse.Namespace, node: Node, progress: Progress) -> None:
     """Write into the image what the old backing file shows and the new one does not."""
     from pynbd.block.image_names import named_from
     from pynbd.cli.img.images import attached, open_image
-    from pynbd.cli.progress import shown
 
     async with contextlib.AsyncExitStack() as opened:
         image = await opened.enter_async_context(
@@ -90,7 +100,7 @@ async def _keep_what_differs(graph: Graph, arguments: argparse.Namespace, node: 
                 else open_image(graph, name, format=arguments.backing_format, cache=arguments.source_cache)
             )
         work = Rebase(image, old, new, base, (await node.info()).cluster_size)
-        with shown(image.size, lambda: work.done_bytes, wanted=arguments.progress and not arguments.quiet):
+        with progress.follow(image.size, lambda: work.done_bytes):
             await work.run()
             await image.backend.flush()
 

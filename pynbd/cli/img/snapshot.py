@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pynbd.cli.img import arguments as common
 
 if TYPE_CHECKING:
     from pynbd.block.node import Node
+
+
+class Once(argparse.Action):
+    """What may be asked for only once: the second name would take the place of the first unseen."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{self.option_strings[0]} is given twice")
+        setattr(namespace, self.dest, values)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,9 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_image(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("-l", dest="list", action="store_true", help="list them (this is done if nothing else is said)")
-    what.add_argument("-c", dest="create", metavar="NAME", help="keep what the disk holds now")
-    what.add_argument("-a", dest="apply", metavar="SNAPSHOT", help="let the disk hold again what it held then")
-    what.add_argument("-d", dest="delete", metavar="SNAPSHOT", help="forget one")
+    what.add_argument("-c", dest="create", action=Once, metavar="NAME", help="keep what the disk holds now")
+    what.add_argument(
+        "-a", dest="apply", action=Once, metavar="SNAPSHOT", help="let the disk hold again what it held then"
+    )
+    what.add_argument("-d", dest="delete", action=Once, metavar="SNAPSHOT", help="forget one")
     common.add_quiet(parser)
     common.add_force_share(parser)
 

@@ -105,6 +105,8 @@ def check_options(options: Qcow2CreationOptions) -> None:
         raise OptionError("a backing file and data_file_raw exclude each other")
     if options.encryption and options.encrypt.format not in (None, "aes"):
         raise OptionError(f"encryption=on means encrypt.format=aes, not {options.encrypt.format}")
+    if crypt_method(options) == CryptMethod.NONE and options.encrypt != EncryptCreationOptions():
+        raise OptionError("encrypt.format is missing: luks, or aes for very old programs")
     if options.backing_fmt and not options.backing_file:
         raise OptionError("backing_fmt needs backing_file")
     if options.backing_file and options.preallocation is not Preallocation.OFF and not options.extended_l2:

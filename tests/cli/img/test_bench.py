@@ -24,6 +24,14 @@ SECONDS = re.compile(r"[0-9]+\.[0-9]{3} seconds")
         ("-f", "raw", "--flush-interval=10", "disk.raw"),
         ("-f", "raw", "-w", "-d", "8", "--flush-interval=3", "disk.raw"),
         ("-f", "raw", "-w", "--pattern=300", "disk.raw"),
+        ("-f", "raw", "-w", "--pattern=0xff", "-c", " 0x10", "-d", "010", "disk.raw"),
+        ("-f", "raw", "-c", "09", "disk.raw"),
+        ("-f", "raw", "-c", "5", "-n", "disk.raw"),
+        ("-f", "raw", "-c", "5", "-n", "-t", "none", "disk.raw"),
+        ("-f", "raw", "-c", "5", "-i", "native", "-t", "writethrough", "disk.raw"),
+        ("-f", "raw", "-c", "5", "-S", "2G", "disk.raw"),
+        ("-f", "raw", "-c", "5", "-s", "2G", "disk.raw"),
+        ("-f", "raw", "-w", "-c", "30", "-S", "700k", "--pattern=3", "disk.raw"),
         ("-s", "nonsense", "disk.raw"),
         ("missing.raw",),
         (),
@@ -38,6 +46,15 @@ def test_raw(words: tuple[str, ...], disk: Path) -> None:
     ours = img("bench", *words)
     assert (ours.status, SECONDS.sub("", ours.out)) == (theirs.status, SECONDS.sub("", theirs.out)), (ours, theirs)
     assert disk.read_bytes() == expected
+
+
+def test_outside_the_disk(disk: Path, odd: Path) -> None:
+    """No request lies behind the end; of a last sector that is not whole all can be read."""
+    for words in (("-o", "10M", disk), ("-o", "11M", disk), ("-s", "11M", disk)):
+        assert (img("bench", "-f", "raw", *words).status, qemu_img("bench", "-f", "raw", *words).status) == (1, 1)
+    for count, size in (("3", "512"), ("0", "1M")):
+        ours, theirs = (run("bench", "-f", "raw", "-c", count, "-s", size, odd) for run in (img, qemu_img))
+        assert (ours.status, SECONDS.sub("", ours.out)) == (0, SECONDS.sub("", theirs.out))
 
 
 def test_a_pattern(disk: Path) -> None:

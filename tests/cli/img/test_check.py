@@ -120,7 +120,7 @@ def test_statuses() -> None:
     assert status_of(CheckResult(leaks=1, corruptions=1, check_errors=1)) == 1
 
 
-@pytest.mark.parametrize("output", [(), ("--output=json",), ("-q",)])
+@pytest.mark.parametrize("output", [(), ("--output=json",), ("-q",), ("-q", "--output=json")])
 @pytest.mark.parametrize("case", ["sound", "leaked", "corrupt", "marked", "compressed"])
 def test_qcow2(case: str, output: tuple[str, ...], folder: Path) -> None:
     """The same is found, and the same is told."""

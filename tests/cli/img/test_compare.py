@@ -73,5 +73,11 @@ def test_progress_for_scripts(disk: Path) -> None:
     """Not on a terminal, the numbers are those of qemu-img."""
     out = img("compare", "-p", disk, disk).out
     assert out.startswith("    (0.00/100%)\r")
-    assert "    (100.00/100%)\r" in out
-    assert out.endswith("Images are identical.\n")
+    assert out.endswith("    (100.00/100%)\rImages are identical.\n\n")
+    for path in ("zero.raw", "empty.raw"):
+        with Path(path).open("wb") as file:
+            file.truncate(1 << 20 if path == "zero.raw" else 0)
+        same("compare", "-p", path, path)
+    same("compare", "-p", "-s", "zero.raw", "empty.raw")
+    same("compare", "-p", "-q", "zero.raw", "empty.raw")
+    same("compare", "-p", "zero.raw", "missing.raw")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -43,6 +44,7 @@ def allocated(path: str) -> int:
         ("-m", "1", "disk.raw", "new.raw"),
         ("-m", "0", "disk.raw", "new.raw"),
         ("-m", "17", "disk.raw", "new.raw"),
+        ("-m", "0x8", "disk.raw", "new.raw"),
         ("-r", "1G", "disk.raw", "new.raw"),
         ("-r", "nonsense", "disk.raw", "new.raw"),
         ("-c", "-O", "raw", "disk.raw", "new.raw"),
@@ -159,6 +161,63 @@ def test_a_signal_leaves_nothing_behind(random_disk: Path) -> None:
     _, err = process.communicate(timeout=peers.COMMAND_LIMIT_S)
     assert (process.returncode, b"interrupted" in err) == (1, True), err
     assert not Path("new.raw").exists()
+
+
+@pytest.mark.parametrize("quiet", [(), ("-q",), ("-p", "-q")])
+def test_who_asks_by_a_signal_is_told(quiet: tuple[str, ...], random_disk: Path) -> None:
+    """SIGUSR1 has how far the copy is told on stderr, where `-p` does not show it."""
+    command = [*PYNBD, "img", "convert", *quiet, "-m", "1", "-r", "2M", str(random_disk), "new.raw"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+    assert process.stderr is not None
+    while not Path("new.raw").exists():  # the signal is known long before
+        assert process.poll() is None
+    told = 0.0
+    while not told:
+        process.send_signal(signal.SIGUSR1)
+        line = process.stderr.readline()
+        match = re.fullmatch(rb" {4}\((\d+\.\d\d)/100%\)\n", line)
+        assert match, line
+        told = float(match[1])
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=peers.COMMAND_LIMIT_S)
+    assert (process.returncode, out) == (1, b""), (out, err)
+    assert b"interrupted" in err
+
+
+def test_the_same_signal_where_numbers_are_shown(random_disk: Path) -> None:
+    """It changes nothing."""
+    command = [*PYNBD, "img", "convert", "-p", "-m", "1", "-r", "2M", str(random_disk), "new.raw"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    said = b""
+    while b"(25." not in said:
+        said += process.stdout.read(1)
+    process.send_signal(signal.SIGUSR1)
+    out, err = process.communicate(timeout=peers.COMMAND_LIMIT_S)
+    assert (process.returncode, err) == (0, b"")
+    assert out.endswith(b"(100.00/100%)\r\n")
+
+
+def test_progress_for_scripts(disk: Path) -> None:
+    """Numbers from 0 to 100 that rise, and the end of the line, also after a failure."""
+    with Path("zero.raw").open("wb") as file:
+        file.truncate(1 << 20)
+    same("convert", "-p", "zero.raw", "new.raw")
+    same("convert", "-p", "-q", "zero.raw", "new.raw")
+    same("convert", "-p", "missing.raw", "new.raw")
+    for verb, words in (
+        ("convert", ("disk.raw", "new.raw")),
+        ("convert", ("-O", "qcow2", "-B", "disk.raw", "-F", "raw", "disk.raw", "a.qcow2")),
+        ("rebase", ("-b", "zero.raw", "-F", "raw", "a.qcow2")),
+        ("rebase", ("-u", "-b", "disk.raw", "-F", "raw", "a.qcow2")),
+        ("amend", ("-o", "refcount_bits=64", "a.qcow2")),
+        ("commit", ("a.qcow2",)),
+    ):
+        out = ok(verb, "-p", *words)
+        assert re.match(r"^( {4}\(\d+\.\d\d/100%\)\r)+\n(Image committed\.\n)?$", out), out
+        numbers = [float(number) for number in re.findall(r"[\d.]+(?=/100)", out)]
+        assert (numbers[0], numbers[-1]) == (0, 100)
+        assert numbers == sorted(set(numbers))
 
 
 def test_an_unknown_cache_mode(disk: Path) -> None:

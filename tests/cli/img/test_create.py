@@ -46,6 +46,8 @@ KEY = ("--object", "secret,id=s,data=abc")
         ("new.raw", "8E"),
         ("new.raw", "10", "20"),
         ("missing/new.raw", "1M"),
+        ("-o", "size=1M,", "new.raw"),
+        ("json:{}", "1M"),
         ("-o", "nocow=on", "new.raw", "1M"),
         ("-o", "extent_size_hint=64k,nocow=off,preallocation=off", "new.raw", "1M"),
         ("-o", "extent_size_hint=0", "new.raw", "1M"),
@@ -86,6 +88,28 @@ def test_luks(folder: Path) -> None:
         *("driver=luks,key-secret=s,file.filename=a.luks",),
     )
     assert compared.status == 0, compared
+
+
+def test_no_name(folder: Path) -> None:
+    assert "is empty" in failure("create", "", "1M")
+    Path("source.raw").write_bytes(bytes(512))
+    assert "is empty" in failure("convert", "source.raw", "")
+
+
+@pytest.mark.parametrize("option", ["encrypt.key-secret=s", "encrypt.iter-time=10"])
+def test_encrypted_in_no_format(option: str, folder: Path) -> None:
+    """Somebody believes that the image is encrypted, and it would not be."""
+    words = (*KEY, "-f", "qcow2", "-o", option, "a.qcow2", "1M")
+    assert qemu_img("create", *words).status == 1
+    assert "encrypt.format is missing" in failure("create", *words)
+    assert list(folder.iterdir()) == []
+
+
+def test_the_order_of_options_of_an_encrypted_image(folder: Path) -> None:
+    options = "encrypt.iter-time=10,encrypt.key-secret=s,encrypt.cipher-alg=aes-128,encrypt.format=luks"
+    same("create", *KEY, "-f", "qcow2", "-o", options, "a.qcow2", "1M")
+    image = "driver=qcow2,encrypt.key-secret=s,encrypt.format=luks,file.filename=a.qcow2"
+    assert "json:" in same("info", *KEY, "--image-opts", image)
 
 
 def test_nothing_half_made_is_left(folder: Path) -> None:

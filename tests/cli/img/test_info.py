@@ -104,3 +104,10 @@ def test_json() -> None:
 
 def test_what_is_said_of_a_missing_file() -> None:
     assert failure("info", "missing.raw") == "Could not open 'missing.raw': No such file or directory"
+
+
+def test_names_with_letters_that_json_escapes(folder: Path) -> None:
+    """QEMU writes the digits of an escape in capitals, and those of a backslash before a u not at all."""
+    for name in ("é€\U0001f600\x07.raw", "a\\u00e9.raw", "a\\é.raw"):
+        Path(name).write_bytes(bytes(512))
+        same("info", "--output=json", name)

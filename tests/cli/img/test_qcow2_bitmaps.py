@@ -66,6 +66,7 @@ def beside_qemu(*words: str, status: int) -> Found:
     [
         ("--add", "a.qcow2", "new"),
         ("--add", "--disable", "-g", "2M", "a.qcow2", "new"),
+        ("--add", "-g", "0", "a.qcow2", "new"),
         ("--add", "-g", "512", "--merge", "coarse", "a.qcow2", "new"),
         ("--add", "-g", "64k", "--merge", "fine", "a.qcow2", "new"),
         ("--add", "-g", "1G", "--merge", "fine", "a.qcow2", "new"),

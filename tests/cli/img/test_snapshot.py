@@ -21,6 +21,8 @@ from tests.cli.img.side_by_side import failure, ok, qemu_img, same
         ("-a", "name", "disk.raw"),
         ("-d", "name", "disk.raw"),
         ("-l", "-c", "name", "disk.raw"),
+        ("-c", "one", "-c", "two", "disk.raw"),
+        ("-d", "one", "-d", "one", "disk.raw"),
         ("-l", "missing.raw"),
         (),
     ],
