@@ -32,7 +32,6 @@ async def run(arguments: argparse.Namespace) -> int:
     from pynbd.block.drain import drained
     from pynbd.block.errors import OptionError
     from pynbd.block.families import Amendable
-    from pynbd.cli.img.create import option_lines_of
     from pynbd.cli.img.images import describe, open_node
     from pynbd.cli.progress import Progress
 
@@ -40,19 +39,18 @@ async def run(arguments: argparse.Namespace) -> int:
         raise OptionError("the options are missing: give -o")
     wants_help = common.asks_for_help(arguments.options)
     if wants_help and arguments.format:
-        kind = registry.driver_class(arguments.format)
-        options = getattr(kind, "AmendOptions", None)
-        if options is None:
-            raise OptionError(f"format {arguments.format!r} has no options that can be changed")
-        print(f"Amend options for '{kind.name}':")
-        print("\n".join(option_lines_of(options)))
+        _help(registry.driver_class(arguments.format))
         return 0
     graph = common.new_graph(arguments)
     (filename,) = common.expect(arguments.words, 1, "one image file name")
+    tree = describe(graph, filename, arguments.format, image_opts=arguments.image_opts)
+    if wants_help:
+        async with open_node(graph, {"backing": None, **tree}) as node:
+            _help(type(node.driver))
+        return 0
     if not all(arguments.options):
         raise OptionError("-o: there are no options in ''")
     changes = common.parse_creation_options(arguments.options)
-    tree = describe(graph, filename, arguments.format, image_opts=arguments.image_opts)
     done, total = 0, 1
 
     def progress(now: int, whole: int) -> None:
@@ -70,6 +68,22 @@ async def run(arguments: argparse.Namespace) -> int:
                 await node.driver.amend(changes, progress, force=arguments.force)
         shown.tell(100)
     return 0
+
+
+def _help(kind: type[Driver]) -> None:
+    """Tell what can be changed in images of a format.
+
+    Raises:
+        OptionError: nothing.
+    """
+    from pynbd.block.errors import OptionError
+    from pynbd.cli.img.create import option_lines_of
+
+    options = getattr(kind, "AmendOptions", None)
+    if options is None:
+        raise OptionError(f"format {kind.name!r} has no options that can be changed")
+    print(f"Amend options for '{kind.name}':")
+    print("\n".join(option_lines_of(options)))
 
 
 def _keep_disk(driver: Driver, changes: dict[str, Any], filename: str) -> None:

@@ -116,19 +116,6 @@ def expect(words: list[str], count: int, what: str) -> list[str]:
     return words
 
 
-def named(filename: str) -> str:
-    """The file name of a new image.
-
-    Raises:
-        OptionError: it is empty.
-    """
-    from pynbd.block.errors import OptionError
-
-    if not filename:
-        raise OptionError("the name of the new image is empty")
-    return filename
-
-
 def integer(text: str) -> int:
     """A number as C's strtol reads it: decimal, `0x10`, or octal with a 0 before it.
 

@@ -99,7 +99,6 @@ def check(arguments: argparse.Namespace) -> None:
         raise OptionError("expected the names of one image or more, and of the output")
     several = len(arguments.words) > 2
     for wrong, why in (
-        (not arguments.words[-1], "the name of the output is empty"),
         (not 1 <= arguments.coroutines <= MAX_COROUTINES, f"-m: the number must be 1 to {MAX_COROUTINES}"),
         (arguments.target_is_zero and not arguments.no_create, "--target-is-zero is of use with -n only"),
         (arguments.target_image_opts and not arguments.no_create, "--target-image-opts is of use with -n only"),

@@ -77,7 +77,7 @@ async def run(arguments: argparse.Namespace) -> int:
     graph = common.new_graph(arguments)
     if not 1 <= len(arguments.words) <= 2:
         common.expect(arguments.words, 1, "an image file name and its size")
-    filename = common.named(arguments.words[0])
+    filename = arguments.words[0]
     given = common.parse_creation_options(arguments.options)
     for option, value in (("backing_file", arguments.backing), ("backing_fmt", arguments.backing_format)):
         if value is not None and option in given:

@@ -61,19 +61,21 @@ def takes(kind: type[Driver], option: str) -> bool:
     return any(field.encode_name == option for field in fields)
 
 
-def plan(graph: Graph, filename: str, format: str, given: Mapping[str, Any]) -> NewImage:
+def plan(graph: Graph, filename: str | None, format: str, given: Mapping[str, Any]) -> NewImage:
     """Check what is asked for.
 
     Args:
         graph: where it will be opened.
-        filename: where it will lie, a name or a URI; "" if it will not be made.
+        filename: where it will lie, a name or a URI; None if it will not be made.
         format: the format's name.
         given: options of the new image, `size` among them.
 
     Raises:
         OptionError: it can't be made so.
     """
-    if filename.startswith("json:"):
+    if filename is not None and not filename:
+        raise OptionError("the name of the new image is empty")
+    if filename is not None and filename.startswith("json:"):
         raise OptionError(f"{filename}: a new image is named by a file name or a URI, not by options")
     kind = format_class(format)
     for option, what in (("backing_file", "a backing file"), ("backing_fmt", "the format of a backing file")):
@@ -86,7 +88,7 @@ def plan(graph: Graph, filename: str, format: str, given: Mapping[str, Any]) -> 
     storage = graph.storage_tree(filename) if filename else {}
     further, own = _of_storage(storage, given)
     options = opt.convert(own, kind.CreateOptions, driver=format)
-    return NewImage(kind, filename, storage, options, further, given)
+    return NewImage(kind, filename or "", storage, options, further, given)
 
 
 def storage_class(tree: Mapping[str, Any]) -> type[Driver]:

@@ -28,6 +28,10 @@ NAMELESS = frozenset({"node-name", "read-only", "auto-read-only", "discard", "de
 """Options that say how a node is used, not what it is: a name goes without them."""
 
 
+SAID_BY_THE_IMAGE = frozenset({"encrypt.format"})
+"""Options that must be as the image is: a name goes without them, too."""
+
+
 def whole_sectors(size: int) -> int:
     """A size in bytes, rounded up to whole sectors."""
     return -(-size // SECTOR_BYTES) * SECTOR_BYTES
@@ -260,4 +264,5 @@ def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tree_of(node: Node) -> dict[str, Any]:
     children = {name: _tree_of(edge.node) for name, edge in node.children.items() if name != "backing"}
-    return {**_flat(_own_options(node.options)), "driver": node.driver.name, **children}
+    own = {name: value for name, value in _flat(_own_options(node.options)).items() if name not in SAID_BY_THE_IMAGE}
+    return {**own, "driver": node.driver.name, **children}

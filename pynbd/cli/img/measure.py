@@ -64,7 +64,7 @@ async def _measure(graph: Graph, arguments: argparse.Namespace, size: int, sourc
     from pynbd.cli.img import creation
 
     given = {**common.parse_creation_options(arguments.options), "size": str(size)}
-    new = creation.plan(graph, "", arguments.target_format, given)
+    new = creation.plan(graph, None, arguments.target_format, given)
     kind: Any = new.kind
     if not issubclass(kind, Measurable):
         raise OptionError(f"format {kind.name!r} can't tell how large an image would be")

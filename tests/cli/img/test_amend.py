@@ -69,6 +69,15 @@ def test_help() -> None:
     assert "  new-secret=<str> " in ok("amend", "-f", "luks", "-o", "help")
 
 
+def test_help_of_an_image_without_its_format(disk: Path) -> None:
+    """It is looked at; what lies below need not be there."""
+    qemu("create", "-q", "-f", "qcow2", "-u", "-b", "missing", "-F", "raw", "a.qcow2", "1M")
+    told = ok("amend", "-o", "help", "a.qcow2")
+    assert told == ok("amend", "-f", "qcow2", "-o", "help")
+    assert "has no options" in failure("amend", "-o", "help", disk)
+    assert qemu_img("amend", "-o", "help", disk).status == 1
+
+
 @pytest.mark.parametrize(
     ("words", "status"),
     [

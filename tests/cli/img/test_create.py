@@ -94,6 +94,7 @@ def test_no_name(folder: Path) -> None:
     assert "is empty" in failure("create", "", "1M")
     Path("source.raw").write_bytes(bytes(512))
     assert "is empty" in failure("convert", "source.raw", "")
+    assert "is empty" in failure("dd", "if=source.raw", "of=")
 
 
 @pytest.mark.parametrize("option", ["encrypt.key-secret=s", "encrypt.iter-time=10"])
