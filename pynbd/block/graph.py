@@ -5,6 +5,7 @@ flight in the part that changes.
 """
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -334,8 +335,7 @@ class Graph:
         depth = 1 + max((chain_depth(child) for child in children.values()), default=0)
         if depth > MAX_CHAIN_DEPTH:
             raise BlockError(f"{node.name}: a chain of more than {MAX_CHAIN_DEPTH} nodes")
-        # Python's own limit would end requests in the middle of a deep chain.
-        sys.setrecursionlimit(max(sys.getrecursionlimit(), FRAMES_ABOVE + FRAMES_PER_NODE * depth))
+        self._allow_depth(depth)
         for name, child in children.items():
             edge = Child(name, plan.kind.children[name].role, node, child)
             child.parents.append(edge)
@@ -347,6 +347,11 @@ class Graph:
             node.driver.child_resized(name)
         node.relink()
 
+    @staticmethod
+    def _allow_depth(depth: int) -> None:
+        """Python's own limit would end requests, and the opening, in the middle of a deep chain."""
+        sys.setrecursionlimit(max(sys.getrecursionlimit(), FRAMES_ABOVE + FRAMES_PER_NODE * depth))
+
     async def _open_named(self, node: Node, plan: Plan, above: tuple[str, ...], named: dict[str, Node]) -> None:
         """Open the children that an image names, as far as nobody gave or forbade them; they are put into `named`."""
         filename = node.filename()
@@ -356,11 +361,13 @@ class Graph:
             if isinstance(description, Node):
                 named[name] = description
                 continue
-            if filename and filename in above:
-                chain = " → ".join([*above[above.index(filename) :], filename])
+            begins = next((number for number, name in enumerate(above) if _is_same_file(name, filename)), None)
+            if begins is not None:
+                chain = " → ".join([*above[begins:], filename])
                 raise BlockError(f"{filename}: its chain of backing files comes back to it: {chain}")
             if len(above) >= MAX_CHAIN_DEPTH:
                 raise BlockError(f"{filename or node.name}: a chain of more than {MAX_CHAIN_DEPTH} images")
+            self._allow_depth(len(above) + 1)
             options = msgspec.to_builtins(plan.options)
             inherited = {key: options[key] for key in INHERITED if key in options}
             if not plan.kind.children[name].writable:
@@ -595,6 +602,14 @@ def own_child_names(tree: Mapping[str, Any], kind: type[Driver], path: str) -> M
 def field_names(kind: type[msgspec.Struct]) -> list[str]:
     """The names of a struct's options, as they are written."""
     return [field.encode_name for field in msgspec.structs.fields(kind)]
+
+
+def _is_same_file(one: str, other: str) -> bool:
+    """Whether two names are of the same file, also where one takes a way round (`folder/../disk.qcow2`)."""
+    if not one or not other:
+        return False
+    path = os.path
+    return one == other or (path.normpath(one) == path.normpath(other) and path.realpath(one) == path.realpath(other))
 
 
 def chain_depth(node: Node) -> int:

@@ -21,7 +21,9 @@ BLOCKDEV_REF = {"$ref": REFERENCE.format(name="BlockdevRef")}
 
 SIZE_TEXT = {
     "type": "string",
-    "pattern": r"^\s*(0[xX][0-9a-fA-F]{1,20}|([0-9]{1,20}(\.[0-9]{0,20})?|\.[0-9]{1,20})[bBkKmMgGtTpPeE]?)\s*$",
+    # Behind `$` Python would let a line end.
+    "pattern": r"^[ \t\n\v\f\r]*\+?"
+    r"(0[xX][0-9a-fA-F]{1,20}|([0-9]{1,20}(\.[0-9]{0,20})?|\.[0-9]{1,20})[bBkKmMgGtTpPeE]?)$(?!\n)",
 }
 """A size with a suffix, as text."""
 

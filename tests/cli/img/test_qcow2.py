@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.img.chains import make_chain, qemu, shown
-from tests.cli.img.side_by_side import ok, same
+from tests.cli.img.side_by_side import failure, ok, same
 
 KEY = ("--object", "secret,id=s,data=abc")
 
@@ -65,6 +65,39 @@ def test_a_chain_that_comes_back(folder: Path) -> None:
     same("info", "--backing-chain", "a.qcow2")
     qemu("create", "-q", "-f", "qcow2", "-u", "-b", "a.qcow2", "-F", "qcow2", "b.qcow2", "1M")
     same("info", "--backing-chain", "a.qcow2")
+
+
+def test_a_chain_that_comes_back_by_a_way_round(folder: Path) -> None:
+    """Its names grow with each image."""
+    Path("below").mkdir()
+    qemu("create", "-q", "-f", "qcow2", "a.qcow2", "1M")
+    qemu("rebase", "-u", "-b", "below/../a.qcow2", "-F", "qcow2", "a.qcow2")
+    for verb in ("map", "measure"):
+        assert "comes back to it" in failure(verb, "a.qcow2")
+
+
+def test_a_chain_as_long_as_may_be(folder: Path) -> None:
+    """Images are opened one within the other; that of the 201st fails in a sentence."""
+    for number in range(202):
+        if not number:
+            qemu("create", "-q", "-f", "qcow2", "0000.qcow2", "64k")
+        else:
+            ok(
+                "create",
+                "-q",
+                "-f",
+                "qcow2",
+                "-u",
+                "-b",
+                f"{number - 1:04}.qcow2",
+                "-F",
+                "qcow2",
+                f"{number:04}.qcow2",
+                "64k",
+            )
+    assert "0198.qcow2" in ok("info", "0198.qcow2")
+    assert ok("map", "0190.qcow2")
+    assert "chain of more than 200" in failure("map", "0201.qcow2")
 
 
 @pytest.mark.parametrize("other", ["base.qcow2", "disk.raw", "top.qcow2", "copy.qcow2"])
