@@ -128,7 +128,9 @@ async def serve_clients(start: Start, end: WorkerEnd, count: int) -> None:
         OSError, BlockError: it could not begin, or something could not be flushed at the end; all is closed.
     """
     privileges = privileges_of(start.arguments)
-    async with open_service(share_of(start.config, count), shared=True) as service:
+    async with contextlib.AsyncExitStack() as closing:
+        with end.interrupting():
+            service = await closing.enter_async_context(open_service(share_of(start.config, count), shared=True))
         if privileges is not None:
             privileges.give_up(service)
         if start.announce is not None:

@@ -5,8 +5,10 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
+from pynbd.block.errors import BlockError
 from pynbd.server.server import NbdServer
 from pynbd.server.worker_messages import (
     MAX_ORDER_BYTES,
@@ -37,9 +39,25 @@ class WorkerEnd:
         self._loop = asyncio.get_running_loop()
         self._server: NbdServer | None = None
         self._read_again: Callable[[str], None] | None = None
+        self._opening: asyncio.Task[Any] | None = None
         self._received = 0
         self._tally_due = False
         self._loop.add_reader(sock, self._read)
+
+    @contextlib.contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Let what is done inside be broken off when it is to end, or the server is gone: opening may wait for long.
+
+        Raises:
+            BlockError: it was.
+        """
+        self._opening = asyncio.current_task()
+        try:
+            yield
+        except asyncio.CancelledError:
+            raise BlockError("stopped before clients could connect") from None
+        finally:
+            self._opening = None
 
     def serve(self, server: NbdServer, read_again: Callable[[str], None]) -> None:
         """All is open: tell so, and serve whoever is handed over.
@@ -90,6 +108,8 @@ class WorkerEnd:
     def _stop(self) -> None:
         self.begun.set()
         self.stopped.set()
+        if self._opening is not None:
+            self._opening.cancel()
 
     def _receive(self, descriptors: list[int]) -> None:
         self._received += 1

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -71,6 +72,19 @@ class Picky(Filter):
         await self.file.read(offset, into, flags)
 """
 
+SLOW_TO_OPEN = """
+import asyncio
+import os
+from pynbd import Filter
+
+class Slow(Filter):
+    several_processes = "always"
+    async def open(self):
+        if self.node.shared:
+            os.write(2, b"opening\\n")
+            await asyncio.sleep(1000)
+"""
+
 TELLS_OF_FLUSHES = """
 import os
 from pynbd import Filter
@@ -126,21 +140,22 @@ def serving(*words: str | Path, count: int = 2) -> Iterator[tuple[Peer, list[Dae
     with pynbd_serve("--workers", str(count), "-v", *words) as peer:
         workers = children(peer.pid)
         assert len(workers) == count
+        until(lambda: not any(clients_of(peer, worker) for worker in workers), "who asked whether it is there is gone")
         yield peer, workers
         if not peer.stopped:
             assert peer.stop() == 0, peer.log()
     assert all(worker.poll() == 0 for worker in workers)
 
 
-def clients_of(peer: Peer, process: Daemon | Peer) -> int:
-    """How many connections of the server's clients a process has: they have the socket's name."""
+def clients_of(peer: Peer, process: Daemon) -> int:
+    """How many connections of the server's clients a worker has: they have the socket's name."""
     place = f" {peer.endpoint.socket_path}"
     names = {line.split()[6] for line in Path("/proc/net/unix").read_text().splitlines() if line.endswith(place)}
-    return sum(
-        os.readlink(entry).removeprefix("socket:[").rstrip("]") in names  # noqa: PTH115  # what it names is no file
-        for entry in Path(f"/proc/{process.pid}/fd").iterdir()
-        if entry.exists()
-    )
+    found = 0
+    for entry in Path(f"/proc/{process.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+            found += os.readlink(entry).removeprefix("socket:[").rstrip("]") in names  # noqa: PTH115  # no file
+    return found
 
 
 async def is_gone(client: WireClient) -> bool:
@@ -156,7 +171,6 @@ async def is_gone(client: WireClient) -> bool:
 
 async def test_clients_are_spread_and_see_one_disk(disk: Path) -> None:
     with serving("-f", "raw", disk, count=3) as (peer, workers):
-        until(lambda: not any(clients_of(peer, worker) for worker in workers), "who has asked whether it is there left")
         clients = [await WireClient.connect(peer.endpoint) for _ in range(6)]
         assert [clients_of(peer, worker) for worker in workers] == [2, 2, 2]
         for number, client in enumerate(clients):
@@ -219,6 +233,15 @@ async def test_clients_beyond_the_most_wait(disk: Path) -> None:
             client = await third
         await second.end()
         await client.end()
+
+
+async def test_many_who_come_together_are_all_greeted(disk: Path) -> None:
+    """More than a worker is handed before it has looked at those that it has."""
+    with serving("-f", "raw", disk) as (peer, _):
+        connections = [peer.endpoint.connect() for _ in range(300)]
+        for connection in connections:
+            assert await asyncio.to_thread(connection.recv, 8, socket.MSG_WAITALL) == b"NBDMAGIC"
+            connection.close()
 
 
 async def test_it_stops_when_the_last_client_has_gone(disk: Path) -> None:
@@ -387,6 +410,24 @@ def test_an_error_of_a_worker_is_told_once(disk: Path) -> None:
     assert not Path("s").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_breaks_off_an_opening(number: signal.Signals, disk: Path) -> None:
+    words = [*PYNBD, "--workers", "2", "-k", "s", filtered(SLOW_TO_OPEN)]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr is not None
+            assert [server.stderr.readline() for _ in range(2)] == ["opening\n"] * 2
+            server.send_signal(number)
+            # The pipe ends when the workers, which hold it too, have ended.
+            said = server.communicate(timeout=PATIENCE_S)[1]
+            if number == signal.SIGTERM:
+                assert (server.returncode, said) == (1, "pynbd serve: stopped before clients could connect\n")
+            else:
+                assert (server.returncode, said) == (-number, "")
+        finally:
+            server.kill()
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -440,8 +481,8 @@ def test_a_command(disk: Path) -> None:
 def test_the_background_holds_nothing_of_who_started_it(disk: Path) -> None:
     """The command returns, with the ends of its pipes, while the workers serve."""
     require_tool("nbdinfo", package="libnbd-bin")
-    socket = Path(os.environ.get("TMPDIR", "/tmp")) / f"pynbd-test-{os.getpid()}.sock"  # a short name
-    words = ["--workers", "2", "--fork", "--pid-file", "pid", "-f", "raw", "-k", str(socket), str(disk)]
+    place = Path(os.environ.get("TMPDIR", "/tmp")) / f"pynbd-test-{os.getpid()}.sock"  # a short name
+    words = ["--workers", "2", "--fork", "--pid-file", "pid", "-f", "raw", "-k", str(place), str(disk)]
     assert run(*PYNBD, *words) == ""
     server = Daemon(int(Path("pid").read_text()))
     workers = children(server.pid)
@@ -449,13 +490,13 @@ def test_the_background_holds_nothing_of_who_started_it(disk: Path) -> None:
         assert len(workers) == 2
         for process in workers:
             assert {os.readlink(f"/proc/{process.pid}/fd/{stream}") for stream in (0, 1, 2)} == {"/dev/null"}  # noqa: PTH115  # what it names
-        assert run("nbdinfo", "--size", f"nbd+unix:///?socket={socket}") == f"{DISK_BYTES}\n"
+        assert run("nbdinfo", "--size", f"nbd+unix:///?socket={place}") == f"{DISK_BYTES}\n"
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(PATIENCE_S)
     assert all(worker.poll() == 0 for worker in workers)
     assert not Path("pid").exists()
-    assert not socket.exists()
+    assert not place.exists()
 
 
 def test_started_with_sockets(disk: Path) -> None:
