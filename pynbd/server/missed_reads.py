@@ -36,7 +36,17 @@ class MissedReads:
         ended: called with replies, and how many requests have ended with them.
     """
 
-    __slots__ = ("_account", "_backend", "_coroutines", "_ended", "_outstanding", "_queue", "_replies")
+    __slots__ = (
+        "_account",
+        "_backend",
+        "_bytes",
+        "_coroutines",
+        "_ended",
+        "_missed",
+        "_outstanding",
+        "_queue",
+        "_replies",
+    )
 
     def __init__(
         self,
@@ -54,13 +64,35 @@ class MissedReads:
         self._account = account
         self._queue = queue
         self._ended = ended
+        self._missed: list[Missed] = []
+        self._bytes = 0
 
-    def room(self, length: int) -> int:
-        """How many reads of so many bytes may be missed at once."""
-        return self._outstanding.room_in_place(length)
+    def __len__(self) -> int:
+        """Those that have not begun."""
+        return len(self._missed)
 
-    def begin(self, missed: Sequence[Missed]) -> None:
-        """Begin reads, as many as there is room for at the most, and all within the disk."""
+    def add(self, cookie: int, offset: int, length: int, host_offset: int) -> bool:
+        """Put a read aside, if there is room for it.
+
+        Args:
+            cookie: of the request.
+            offset, length: the range, in bytes, within the disk.
+            host_offset: where its bytes lie in their file.
+        """
+        if not self._outstanding.may_begin_together(len(self._missed) + 1, self._bytes + length):
+            return False
+        self._missed.append((cookie, offset, length, host_offset))
+        self._bytes += length
+        return True
+
+    def drop(self) -> None:
+        """Forget those that have not begun: the client is gone."""
+        self._missed.clear()
+        self._bytes = 0
+
+    def begin(self) -> None:
+        """Begin those that were put aside."""
+        missed, self._missed, self._bytes = self._missed, [], 0
         queue = self._queue()
         if queue is None:
             self._run(missed)

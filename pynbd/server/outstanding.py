@@ -91,14 +91,16 @@ class Outstanding:
         """
         return not self.requests and self._account.held + length <= RESERVE_BYTES and self.has_room_for(length)
 
-    def room_in_place(self, length: int) -> int:
-        """How many requests with so many bytes each may begin without asking for each of them: what is held stays
-        within what a connection may always hold.
+    def may_begin_together(self, requests: int, length: int) -> bool:
+        """Whether so many requests, with so many bytes in all, may begin without asking for each of them: what is held
+        stays within what a connection may always hold. Of a client with limits it is one at a time.
         """
-        if not self.has_room_for(length):
-            return 0
-        room = min(MAX_REQUESTS_IN_FLIGHT - self.requests, (RESERVE_BYTES - self._account.held) // length)
-        return room if self._part is None else min(room, 1)
+        return (
+            self.requests + requests <= MAX_REQUESTS_IN_FLIGHT
+            and self._account.held + length <= RESERVE_BYTES
+            and (requests == 1 or self._part is None)
+            and self.has_room_for(length)
+        )
 
     def begun_in_place(self, length: int) -> None:
         """It did not end at once, and holds so many bytes."""

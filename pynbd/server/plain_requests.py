@@ -21,7 +21,7 @@ from pynbd.block.statistics import Operation
 from pynbd.server.buffers import Buffer
 from pynbd.server.coroutines import Coroutines
 from pynbd.server.execution import HOLE_READ_BYTES
-from pynbd.server.missed_reads import Missed, MissedReads
+from pynbd.server.missed_reads import MissedReads
 from pynbd.server.scratch import (
     ALIGNED_READ_BYTES,
     ALIGNMENT,
@@ -130,24 +130,23 @@ class PlainRequests:
         # With extended headers a payload is announced by a flag.
         write_flags = framing.payload_flag if rules.writable and backend.write_cache else -1
         locate, preadv, write_now, pwrite = backend.locate, os.preadv, backend.write_now, os.pwrite
-        answers, coroutines, may_begin = self._scratch.answers, self._coroutines, False
+        answers, coroutines, may_begin, misses = self._scratch.answers, self._coroutines, False, self._misses
         parts: list[Buffer] = []
-        missed: list[Missed] = []
         position = part = reads = read_bytes = writes = written_bytes = 0
         received = len(data)
         last = received - request_size
         started = perf_counter_ns()
         if last >= request_size:
-            reads, length = self._answer_alike(data, missed)
+            reads, length = self._answer_alike(data)
             position, read_bytes = reads * (header + length), reads * length
-        begun = reads + len(missed)
-        done, left = begun * request_size, MAX_BATCH_REQUESTS - begun
+        tried = reads + len(misses)
+        done, left = tried * request_size, MAX_BATCH_REQUESTS - tried
         # Where all of the disk lies is asked for once, if there are several requests.
         asks_for_disk = asks_for_place = done < last
         disk: Location | None = None
         located: Location | None
         place, placed_end = None, 0
-        fd = shift = nowait = room = 0
+        fd = shift = nowait = 0
         while left and done <= last:
             found, flags, kind, cookie, offset, length = unpack_from(data, done)
             stop = offset + length
@@ -202,9 +201,7 @@ class PlainRequests:
                 if read:
                     reads += 1
                     read_bytes += length
-                elif nowait and len(missed) < (room := room or self._misses.room(length)):
-                    missed.append((cookie, offset, length, host_offset))
-                else:
+                elif not (nowait and misses.add(cookie, offset, length, host_offset)):
                     break
                 done += request_size
             elif kind == WRITE and flags == write_flags:
@@ -264,16 +261,19 @@ class PlainRequests:
                 self._wire.send_borrowed(answers[:position])
         except OSError as problem:
             self._lose(problem)
-        if missed and not self._gone:
-            self._misses.begin(missed)
+        if self._gone:
+            misses.drop()
+        elif len(misses):
+            misses.begin()
         return done, MAX_BATCH_REQUESTS - left
 
-    def _answer_alike(self, data: memoryview, missed: list[Missed]) -> tuple[int, int]:
+    def _answer_alike(self, data: memoryview) -> tuple[int, int]:
         """Answer the short reads of one length at the beginning of what was received: most of what many clients ask.
+
+        Those among them whose bytes are not in memory are put aside.
 
         Args:
             data: as for `serve`, several requests.
-            missed: gets those among them whose bytes are not in memory.
 
         Returns:
             how many were answered, into the buffer of answers, and their length.
@@ -294,7 +294,7 @@ class PlainRequests:
             fd, shift, _, nowait, _ = disk
         else:
             find = self._backend.finder()
-        reads, last_start, room = 0, size - usual, 0
+        reads, last_start = 0, size - usual
         requests = min(len(data) // request_size, MAX_BATCH_REQUESTS)
         headers = framing.iter_unpack(data[: requests * request_size])
         for found, flags, kind, cookie, offset, length in headers:
@@ -329,9 +329,8 @@ class PlainRequests:
                     continue
             except OSError:
                 pass  # not in memory, or failed
-            if not nowait or len(missed) >= (room := room or self._misses.room(usual)):
+            if not (nowait and self._misses.add(cookie, offset, usual, host_offset)):
                 break
-            missed.append((cookie, offset, usual, host_offset))
         return reads, usual
 
     def _lose(self, problem: OSError) -> None:

@@ -152,6 +152,21 @@ async def test_no_more_wait_than_there_is_memory_for(file: Path, uncached: Calla
             await client.reply(cookie)
 
 
+async def test_short_ones_make_no_room_for_long_ones(file: Path, uncached: Callable[[int], None], queue: Queue) -> None:
+    """Whatever their lengths, what they hold together stays within what a connection may always hold."""
+    uncached(0)
+    async with serving(raw(file)) as served:
+        client = await served.connect()
+        asked = [(0, 512), (512, 512), *((number * 60 * KIB, 60 * KIB) for number in range(1, 9)), (0, 512)]
+        cookies = await send_together(client, *((Command.READ, *one) for one in asked))
+        await until(lambda: bool(queue.waiting))
+        assert sum(len(into) for _, into, _ in queue.waiting) <= RESERVE_BYTES
+        while not all(client.replies[cookie].done for cookie in cookies if cookie in client.replies):
+            queue.go_on()
+            cookie = next(cookie for cookie in cookies if cookie in client.replies)
+            await client.reply(cookie)
+
+
 @pytest.mark.parametrize("result", [-errno.EIO, 100, 0])
 async def test_what_fails_is_read_by_the_driver(
     result: int, file: Path, uncached: Callable[[int], None], queue: Queue, monkeypatch: pytest.MonkeyPatch

@@ -35,19 +35,18 @@ def test_requests_have_a_cap() -> None:
 
 def test_what_may_begin_in_place_stays_within_the_reserve() -> None:
     it, account, wire = outstanding()
-    assert it.room_in_place(4 * KIB) == RESERVE_BYTES // (4 * KIB)
     account.charge(RESERVE_BYTES - 10 * KIB)
-    assert it.room_in_place(4 * KIB) == 2
-    account.charge(10 * KIB)
-    assert it.room_in_place(1) == 0
-    account.give(RESERVE_BYTES)
+    assert it.may_begin_together(2, 10 * KIB)
+    assert not it.may_begin_together(2, 10 * KIB + 1)
     it.requests = MAX_REQUESTS_IN_FLIGHT - 1
-    assert it.room_in_place(1) == 1
+    assert it.may_begin_together(1, 1)
+    assert not it.may_begin_together(2, 1)
     it.requests = 0
     wire.unsent = MAX_UNSENT_BYTES + 1
-    assert it.room_in_place(1) == 0
+    assert not it.may_begin_together(1, 1)
     limited, _, _ = outstanding(InFlight(2, 0))
-    assert limited.room_in_place(1) == 1
+    assert limited.may_begin_together(1, 1)
+    assert not limited.may_begin_together(2, 2)
 
 
 def test_bytes_have_a_cap_but_for_a_single_request() -> None:
