@@ -63,7 +63,10 @@ def test_qemu_finds_the_server(guest: Guest) -> None:
 def test_data_of_a_peer_server_comes_through_both_ways(guest: Guest) -> None:
     """nbdcopy reads from nbdkit and writes to pynbd, and pynbd reads both again as a client."""
     pattern = f"nbd+vsock://1:{PATTERN_PORT}/"
-    guest.run(there("nbdcopy", pattern, "nbd+vsock://1/"))
+    status, said = guest.status_of(there("nbdcopy", pattern, "nbd+vsock://1/"))
+    # All is copied, and the two say goodbye: if nbdkit is the first to hang up, libnbd is told so in another way than
+    # by other sockets, and complains.
+    assert (status, said) in ((0, ""), (1, f"{pattern}: nbd_shutdown: recv: Transport endpoint is not connected\n"))
     ours = f'json:{{"driver": "nbd", "server": {{"type": "vsock", "cid": "1", "port": "{PORT}"}}}}'
     assert guest.run(pynbd_there("img", "compare", pattern, ours)) == "Images are identical.\n"
 
