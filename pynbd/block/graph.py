@@ -5,9 +5,7 @@ flight in the part that changes.
 """
 
 import logging
-import os
 import re
-import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -18,26 +16,18 @@ from pynbd.block import probing, registry
 from pynbd.block.adapt import adapt, is_built_in
 from pynbd.block.backend import BlockBackend
 from pynbd.block.bitmaps import DEFAULT_GRANULARITY_BYTES, DirtyBitmap
+from pynbd.block.chains import MAX_CHAIN_DEPTH, allow_depth, chain_depth, check_goes_on
 from pynbd.block.child import Child
 from pynbd.block.drain import downwards, drained, join_sections
 from pynbd.block.driver import Driver
-from pynbd.block.errors import BlockError, OptionError, PermissionConflict
+from pynbd.block.errors import BlockError, OptionError
 from pynbd.block.limits import Limits
 from pynbd.block.node import Node
 from pynbd.block.objects import Objects
 from pynbd.block.options import MAX_SIZE_BYTES, NodeOptions
-from pynbd.block.permissions import Permission
+from pynbd.block.permissions import Permission, check_conflicts
 
 log = logging.getLogger(__name__)
-
-MAX_CHAIN_DEPTH = 200
-"""Nodes from a user down to the last child; as QEMU's limit for backing chains."""
-
-FRAMES_PER_NODE = 10
-"""Function calls, one inside the other, that a request takes per node on its way down, at the most."""
-
-FRAMES_ABOVE = 500
-"""Function calls that are left for whoever sends the request."""
 
 MAX_BITMAPS = 65535
 """Dirty bitmaps of one node; as many as qcow2 can keep."""
@@ -335,7 +325,7 @@ class Graph:
         depth = 1 + max((chain_depth(child) for child in children.values()), default=0)
         if depth > MAX_CHAIN_DEPTH:
             raise BlockError(f"{node.name}: a chain of more than {MAX_CHAIN_DEPTH} nodes")
-        self._allow_depth(depth)
+        allow_depth(depth)
         for name, child in children.items():
             edge = Child(name, plan.kind.children[name].role, node, child)
             child.parents.append(edge)
@@ -347,11 +337,6 @@ class Graph:
             node.driver.child_resized(name)
         node.relink()
 
-    @staticmethod
-    def _allow_depth(depth: int) -> None:
-        """Python's own limit would end requests, and the opening, in the middle of a deep chain."""
-        sys.setrecursionlimit(max(sys.getrecursionlimit(), FRAMES_ABOVE + FRAMES_PER_NODE * depth))
-
     async def _open_named(self, node: Node, plan: Plan, above: tuple[str, ...], named: dict[str, Node]) -> None:
         """Open the children that an image names, as far as nobody gave or forbade them; they are put into `named`."""
         filename = node.filename()
@@ -361,13 +346,8 @@ class Graph:
             if isinstance(description, Node):
                 named[name] = description
                 continue
-            begins = next((number for number, name in enumerate(above) if _is_same_file(name, filename)), None)
-            if begins is not None:
-                chain = " → ".join([*above[begins:], filename])
-                raise BlockError(f"{filename}: its chain of backing files comes back to it: {chain}")
-            if len(above) >= MAX_CHAIN_DEPTH:
-                raise BlockError(f"{filename or node.name}: a chain of more than {MAX_CHAIN_DEPTH} images")
-            self._allow_depth(len(above) + 1)
+            check_goes_on(filename, above, node.name)
+            allow_depth(len(above) + 1)
             options = msgspec.to_builtins(plan.options)
             inherited = {key: options[key] for key in INHERITED if key in options}
             if not plan.kind.children[name].writable:
@@ -604,22 +584,6 @@ def field_names(kind: type[msgspec.Struct]) -> list[str]:
     return [field.encode_name for field in msgspec.structs.fields(kind)]
 
 
-def _is_same_file(one: str, other: str) -> bool:
-    """Whether two names are of the same file, also where one takes a way round (`folder/../disk.qcow2`)."""
-    if not one or not other:
-        return False
-    path = os.path
-    return one == other or (path.normpath(one) == path.normpath(other) and path.realpath(one) == path.realpath(other))
-
-
-def chain_depth(node: Node) -> int:
-    """Nodes on the longest way down from a node, itself included."""
-    depths: dict[Node, int] = {}
-    for below in reversed(downwards([node])):
-        depths[below] = 1 + max((depths[edge.node] for edge in below.children.values()), default=0)
-    return depths[node]
-
-
 def given_names(plan: Plan) -> Iterator[str]:
     """The names that a plan gives to new nodes."""
     if plan.options.node_name:
@@ -627,25 +591,6 @@ def given_names(plan: Plan) -> Iterator[str]:
     for child in plan.children.values():
         if isinstance(child, Plan):
             yield from given_names(child)
-
-
-def check_conflicts(node: Node, new: Mapping[Child, tuple[Permission, Permission]]) -> None:
-    """Check that what each parent holds is shared by every other, and that nobody writes to what is read-only.
-
-    Raises:
-        PermissionConflict: naming both, and what they differ about.
-    """
-    for edge in node.parents:
-        held = new.get(edge, (edge.held, edge.shared))[0]
-        if node.read_only and held & (Permission.WRITE | Permission.RESIZE):
-            raise PermissionConflict(f"{edge.describe()} wants to write to {node.describe()}, which is read-only")
-        for other in node.parents:
-            shared = new.get(other, (other.held, other.shared))[1]
-            if other is not edge and held & ~shared:
-                raise PermissionConflict(
-                    f"{edge.describe()} needs {Permission(held & ~shared).describe()} on {node.describe()}, "
-                    f"which {other.describe()} does not share"
-                )
 
 
 __all__ = ["Graph", "Limits", "Plan", "drained"]

@@ -4,7 +4,15 @@ The model is QEMU's: every edge of the graph *holds* permissions on the node bel
 What one edge holds, every other edge to the same node must share.
 """
 
+from collections.abc import Mapping
 from enum import Flag, IntFlag
+from typing import TYPE_CHECKING
+
+from pynbd.block.errors import PermissionConflict
+
+if TYPE_CHECKING:
+    from pynbd.block.child import Child
+    from pynbd.block.node import Node
 
 
 class Permission(IntFlag):
@@ -58,3 +66,22 @@ def default_permissions(
         return held | wanted, shared & ~changing
     growing = Permission.RESIZE if Permission.WRITE in held else Permission.NONE
     return held | growing, shared & ~Permission.RESIZE
+
+
+def check_conflicts(node: "Node", new: "Mapping[Child, tuple[Permission, Permission]]") -> None:
+    """Check that what each parent holds is shared by every other, and that nobody writes to what is read-only.
+
+    Raises:
+        PermissionConflict: naming both, and what they differ about.
+    """
+    for edge in node.parents:
+        held = new.get(edge, (edge.held, edge.shared))[0]
+        if node.read_only and held & (Permission.WRITE | Permission.RESIZE):
+            raise PermissionConflict(f"{edge.describe()} wants to write to {node.describe()}, which is read-only")
+        for other in node.parents:
+            shared = new.get(other, (other.held, other.shared))[1]
+            if other is not edge and held & ~shared:
+                raise PermissionConflict(
+                    f"{edge.describe()} needs {Permission(held & ~shared).describe()} on {node.describe()}, "
+                    f"which {other.describe()} does not share"
+                )

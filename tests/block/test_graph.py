@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pynbd.block.backend import BlockBackend
+from pynbd.block.chains import MAX_CHAIN_DEPTH, chain_depth
 from pynbd.block.drain import drained
 from pynbd.block.driver import Driver
 from pynbd.block.errors import BlockError, OptionError, PermissionConflict
-from pynbd.block.graph import MAX_BITMAPS, MAX_CHAIN_DEPTH, Graph, chain_depth
+from pynbd.block.graph import MAX_BITMAPS, Graph
 from pynbd.block.node import Node
 from pynbd.block.options import MAX_OPTION_DEPTH, MAX_SIZE_BYTES
 from pynbd.block.permissions import Permission

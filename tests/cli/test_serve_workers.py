@@ -26,17 +26,6 @@ PYNBD = (sys.executable, "-m", "pynbd", "serve")
 PATIENCE_S = 60.0
 DISK_BYTES = 1 << 20
 
-SLOW = """
-import asyncio
-from pynbd import Filter
-
-class Slow(Filter):
-    several_processes = "always"
-    async def write(self, offset, data, flags):
-        await asyncio.sleep(0.4)
-        await self.file.write(offset, data, flags)
-"""
-
 HELD = """
 import asyncio
 import os
@@ -48,16 +37,6 @@ class Held(Filter):
         while not os.path.exists("go.on"):
             await asyncio.sleep(0.01)
         await self.file.write(offset, data, flags)
-"""
-
-STUCK = """
-import asyncio
-from pynbd import Filter
-
-class Stuck(Filter):
-    several_processes = "always"
-    async def write(self, offset, data, flags):
-        await asyncio.sleep(1000)
 """
 
 FAILS_IN_WORKERS = """
@@ -319,11 +298,12 @@ async def with_writes_in_flight(peer: Peer) -> list[WireClient]:
 
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
 async def test_what_is_in_flight_is_finished(signal_number: signal.Signals, disk: Path) -> None:
-    with serving(filtered(SLOW)) as (peer, workers):
+    with serving(filtered(HELD)) as (peer, workers):
         clients = await with_writes_in_flight(peer)
         for worker in workers:
             worker.send_signal(signal_number)  # as Ctrl-C does, which reaches all of them
         peer.process.send_signal(signal_number)
+        Path("go.on").touch()
         for client in clients:
             reply = await client.reply()
             assert (reply.cookie, reply.error) == (1, 0)
@@ -375,7 +355,7 @@ async def test_a_worker_that_was_killed_takes_its_clients_with_it(disk: Path) ->
 
 
 async def test_a_second_signal_ends_all_at_once(disk: Path) -> None:
-    with serving(filtered(STUCK)) as (peer, workers):
+    with serving(filtered(HELD)) as (peer, workers):
         clients = await with_writes_in_flight(peer)
         assert peer.endpoint.socket_path is not None
         peer.process.send_signal(signal.SIGTERM)
@@ -523,7 +503,7 @@ async def test_a_second_signal_ends_workers_that_are_confined(disk: Path) -> Non
     """Whom no signal of the server reaches any more (Landlock of version 6)."""
     if landlock.version() < 1:
         pytest.skip("this kernel has no Landlock")
-    with serving("--confine", filtered(STUCK)) as (peer, workers):
+    with serving("--confine", filtered(HELD)) as (peer, workers):
         clients = await with_writes_in_flight(peer)
         peer.process.send_signal(signal.SIGTERM)
         until(lambda: not Path(str(peer.endpoint.socket_path)).exists(), "the socket is gone")

@@ -34,7 +34,7 @@ async def backing_trees(graph: Graph, tree: Mapping[str, Any]) -> list[dict[str,
     Raises:
         OSError, BlockError: one can't be opened, or there are too many.
     """
-    from pynbd.block.graph import MAX_CHAIN_DEPTH
+    from pynbd.block.chains import MAX_CHAIN_DEPTH
 
     found: list[dict[str, Any]] = []
     below: Mapping[str, Any] | None = tree

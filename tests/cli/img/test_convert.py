@@ -149,14 +149,20 @@ def test_from_and_to_a_server(disk: Path, make_disk: DiskMaker) -> None:
     assert target.read_bytes() == disk.read_bytes()
 
 
-def test_a_signal_leaves_nothing_behind(random_disk: Path) -> None:
-    """As slow as it is told to be, it is ended on its way."""
-    command = [*PYNBD, "img", "convert", "-p", "-m", "1", "-r", "2M", str(random_disk), "new.raw"]
+def a_quarter_done(disk: Path) -> subprocess.Popen[bytes]:
+    """A copy to `new.raw` that says how far it is, on its way; it is as slow as it is told to be."""
+    command = [*PYNBD, "img", "convert", "-p", "-m", "1", "-r", "2M", str(disk), "new.raw"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     said = b""
     while b"(25." not in said:
         said += process.stdout.read(1)
+    return process
+
+
+def test_a_signal_leaves_nothing_behind(random_disk: Path) -> None:
+    """It is ended on its way."""
+    process = a_quarter_done(random_disk)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=peers.COMMAND_LIMIT_S)
     assert (process.returncode, b"interrupted" in err) == (1, True), err
@@ -186,12 +192,7 @@ def test_who_asks_by_a_signal_is_told(quiet: tuple[str, ...], random_disk: Path)
 
 def test_the_same_signal_where_numbers_are_shown(random_disk: Path) -> None:
     """It changes nothing."""
-    command = [*PYNBD, "img", "convert", "-p", "-m", "1", "-r", "2M", str(random_disk), "new.raw"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None
-    said = b""
-    while b"(25." not in said:
-        said += process.stdout.read(1)
+    process = a_quarter_done(random_disk)
     process.send_signal(signal.SIGUSR1)
     out, err = process.communicate(timeout=peers.COMMAND_LIMIT_S)
     assert (process.returncode, err) == (0, b"")
