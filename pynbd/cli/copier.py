@@ -14,7 +14,7 @@ from pynbd.block.backend import BlockBackend
 from pynbd.block.driver import Location
 from pynbd.block.extents import ChainExtent
 from pynbd.block.requests import RequestFlag
-from pynbd.cli.pump import LONGEST_STROKE_BYTES, Pump
+from pynbd.cli.pump import STROKE_BYTES, Pump
 from pynbd.cli.zero_runs import BLOCK_BYTES, runs
 
 STATUS_BYTES = 1 << 30
@@ -218,8 +218,8 @@ class Copier:
                 if done == length:
                     located = self._locate(offset, end - offset)
                     continue
-            buffer = buffer or aligned_buffer(LONGEST_STROKE_BYTES, mmap.PAGESIZE)
-            part = buffer[: min(LONGEST_STROKE_BYTES, end - offset)]
+            buffer = buffer or aligned_buffer(STROKE_BYTES, mmap.PAGESIZE)
+            part = buffer[: min(STROKE_BYTES, end - offset)]
             await self._read(offset, part)
             await self._write(offset, part)
             offset += len(part)

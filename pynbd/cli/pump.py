@@ -10,11 +10,9 @@ from pynbd.block.alignment import aligned_buffer, round_up
 from pynbd.block.driver import Location
 from pynbd.cli.zero_runs import runs
 
-STROKE_BYTES = 128 << 10
-"""What is read and then written at once: it stays in the processor's cache in between."""
-
-LONGEST_STROKE_BYTES = 512 << 10
-"""The same where zeroes shorter than that are data."""
+STROKE_BYTES = 1 << 20
+"""What is read and then written at once, where the target's clusters are not longer: the file system gets large folios
+so, and the interpreter little to do."""
 
 _thread = threading.local()
 
@@ -42,12 +40,12 @@ class Pump:
         self._block_bytes = block_bytes
         self._cluster_bytes = cluster_bytes
         self._skips_zeroes = skips_zeroes
-        self._stroke_bytes = max(STROKE_BYTES, cluster_bytes, block_bytes)
+        self._stroke_bytes = max(STROKE_BYTES, cluster_bytes)
 
     @staticmethod
     def takes(block_bytes: int) -> bool:
         """Whether zeroes of such a length can be minded: strokes are made of whole blocks."""
-        return not block_bytes or LONGEST_STROKE_BYTES % block_bytes == 0
+        return not block_bytes or STROKE_BYTES % block_bytes == 0
 
     def copy(self, source: Location, fd: int, host_offset: int, length: int, fresh: bool) -> int:
         """Copy a range, in a thread; see `HostWriter` for all but the source.
