@@ -69,6 +69,14 @@ file says against it, it raises.
 """
 
 
+Release = Callable[[], None]
+"""Ends what `Driver.hold_located` has begun; to be called once."""
+
+
+def hold_nothing() -> None:
+    """The `Release` of what stays where it is in any case."""
+
+
 class Preallocation(Enum):
     """What is done with the space when an image is made or grown."""
 
@@ -322,13 +330,21 @@ class Driver:
 
         A plain function, asked for every read. Whoever must see each read (or changes the bytes) says None.
         The answer may cover fewer bytes than asked for, and holds until the caller next lets the loop run,
-        unless `located_for_good`.
+        unless `located_for_good`, or somebody has said `hold_located`.
         """
         return None
 
     def located_for_good(self) -> bool:
         """Whether what `locate` says stays true as long as the node is open (raw files, not clusters)."""
         return False
+
+    def hold_located(self) -> Release | None:
+        """Keep what `locate` says now true for longer: until the function that is given back is called.
+
+        For bytes that are sent straight from a file, and are looked at when the client fetches them. None if that can't
+        be. Nothing waits for whoever holds: space that is given up meanwhile is used again later, that is all.
+        """
+        return hold_nothing if self.located_for_good() else None
 
     def read_queue(self) -> ReadQueue | None:
         """Who makes short reads that have to wait, of the one file that `locate` names; None if nobody: then `read`
@@ -525,6 +541,9 @@ class Filter(Driver):
 
     def located_for_good(self) -> bool:
         return self.passes("locate") and self.file.node.driver.located_for_good()
+
+    def hold_located(self) -> Release | None:
+        return self.file.node.driver.hold_located() if self.passes("locate") else None
 
     def read_queue(self) -> ReadQueue | None:
         return self.file.node.driver.read_queue() if self.passes("locate") else None

@@ -22,6 +22,7 @@ from pynbd.block.driver import (
     Location,
     Preallocation,
     ReadQueue,
+    Release,
     WritePlace,
 )
 from pynbd.block.extents import Extent
@@ -159,6 +160,9 @@ class Raw(Driver):
 
     def located_for_good(self) -> bool:
         return self.file.node.driver.located_for_good()
+
+    def hold_located(self) -> Release | None:
+        return self.file.node.driver.hold_located()
 
     def read_queue(self) -> ReadQueue | None:
         return self.file.node.driver.read_queue()

@@ -127,9 +127,11 @@ class Connection:
             may_flush=lambda: outstanding.may_begin_uncounted(MAX_BATCH_REQUESTS),
             lost=self._lose,
         )
-        self._spans = SpanReads(export, replies, scratch.warm, warn, request_failed, outstanding.span_ended)
-        self._late_reads = LateReads(export, account, replies, outstanding.request_ended, self._read_rest)
         execution = Execution(export, replies, ready.contexts, request_failed)
+        self._spans = SpanReads(export, replies, scratch.warm, warn, execution.error, outstanding.span_ended)
+        self._late_reads = LateReads(
+            export, account, replies, scratch.warm, execution.error, outstanding.request_ended, self._read_rest
+        )
         self._coroutines = Coroutines(
             execution, replies, starter, account, scratch.buffers, peer, outstanding.begun_in_place, self._answer
         )

@@ -1,6 +1,7 @@
 """`LateRead`: a long read whose bytes are fetched when it is their turn to be sent; `LateReads`: those of a connection.
 
-So they need no memory of their own: what one piece is copied into is sent at once, and used for the next one while the
+So they need no memory of their own. What lies in one piece in a file is sent straight from there, if it can be held
+there until the client has it. If not, what a piece is copied into is sent at once, and used for the next one while the
 processor's cache has it still. Where they lie is asked for anew with each piece, since they may move meanwhile.
 """
 
@@ -9,11 +10,16 @@ from collections.abc import Callable
 
 from nbd_protocol.constants import CommandFlag
 from nbd_protocol.transmission import Replies, Request
-from pynbd.block.backend import BlockBackend
+from pynbd.block.driver import Release
 from pynbd.block.statistics import Operation
 from pynbd.server.budget import Account
+from pynbd.server.buffers import Buffer
 from pynbd.server.export import Export
-from pynbd.server.spans import Deferred, is_whole
+from pynbd.server.spans import Deferred, FileSpan, SpanFile, is_whole
+from pynbd.server.warm_regions import WarmRegions
+
+SHORTEST_SPAN_BYTES = 128 << 10
+"""What is shorter is copied, with what lies elsewhere, into one piece."""
 
 SHORTEST_BYTES = 32 << 10
 """A piece that is shorter, and not the last, is not worth a chunk of its own."""
@@ -24,35 +30,61 @@ class LateRead(Deferred):
 
     Args:
         request: the read; its length is reserved in the account, and given back at the end.
-        backend: what is read.
-        account: of the connection.
-        replies: the framing of the reply; chunks must be possible.
-        copied: called when all of it is done with.
-        long_way: called instead, with the request and how much of it was sent, where the rest can't be had at once:
-            that is the callee's then, and so is what is reserved.
+        reads: those of its connection.
     """
 
-    __slots__ = ("_account", "_backend", "_copied", "_long_way", "_replies", "_request", "_sent")
+    __slots__ = ("_reads", "_request", "_sent", "span")
 
-    def __init__(
-        self,
-        request: Request,
-        backend: BlockBackend,
-        account: Account,
-        replies: Replies,
-        copied: Callable[[], None],
-        long_way: Callable[[Request, int], None],
-    ) -> None:
+    def __init__(self, request: Request, reads: "LateReads") -> None:
+        self.span: FileSpan | None = None
+        """What is being sent from a file."""
         self._request = request
+        self._reads = reads
         self._sent = 0
-        self._backend = backend
-        self._account = account
-        self._replies = replies
-        self._copied = copied
-        self._long_way = long_way
 
     def __len__(self) -> int:
         return self._request.length - self._sent
+
+    def begin_span(self) -> tuple[bytes, Release] | None:
+        """Send what comes next from its file: it is the `span` then.
+
+        Returns:
+            what precedes it in the reply, and what is to be called when the client has it. None if the bytes can't be
+            sent so, or had better not.
+        """
+        reads, request, sent = self._reads, self._request, self._sent
+        offset, wanted = request.offset + sent, len(self)
+        located, shortest = reads.backend.locate(offset, wanted), min(wanted, SHORTEST_SPAN_BYTES)
+        if located is None or located.length < shortest or not located.flags:
+            return None
+        fd, position, length, _, _ = located
+        length = reads.warm.reach(fd, position, length)
+        if length < shortest:
+            return None
+        file = reads.file_of(fd)
+        release = reads.backend.node.driver.hold_located() if file is not None else None
+        if file is None or release is None:
+            return None
+
+        def finish(problem: OSError | None) -> Buffer:
+            self.span = None
+            return self._span_sent(length, problem)
+
+        self.span = FileSpan(file, position, length, finish)
+        return reads.replies.read_data(request, offset, length, done=False), release
+
+    def _span_sent(self, length: int, problem: OSError | None) -> Buffer:
+        """What is to be sent behind a span."""
+        reads, request = self._reads, self._request
+        self._sent += length if problem is None else len(self)
+        if len(self):
+            reads.backend.statistics.account(Operation.READ, 0, length, 0)
+            return b""
+        self._over()
+        if problem is not None:
+            return reads.error(request, problem)
+        reads.backend.statistics.account(Operation.READ, 1, length, 0)
+        return reads.replies.done(request)
 
     def next_piece(self, into: memoryview) -> tuple[bytes, int] | None:
         """Copy the bytes that come next, and say what precedes them in the reply and how many they are.
@@ -60,23 +92,22 @@ class LateRead(Deferred):
         Returns:
             None if they can't be had without waiting; that is seen to then, and nothing more is to come from here.
         """
-        request, sent = self._request, self._sent
+        reads, request, sent = self._reads, self._request, self._sent
         offset, wanted = request.offset + sent, min(len(self), len(into))
         got = self._copy(offset, into[:wanted])
         if got < min(wanted, SHORTEST_BYTES):
-            self._long_way(request, sent)
+            reads.long_way(request, sent)
             return None
         self._sent = sent + got
         is_last = not len(self)
-        self._backend.statistics.account(Operation.READ, int(is_last), got, 0)
+        reads.backend.statistics.account(Operation.READ, int(is_last), got, 0)
         if is_last:
-            self.release()
-            self._copied()
-        return self._replies.read_data(request, offset, got, done=is_last), got
+            self._over()
+        return reads.replies.read_data(request, offset, got, done=is_last), got
 
     def _copy(self, offset: int, into: memoryview) -> int:
         """Copy bytes of the disk that are in memory and no hole: how many, from the first one on."""
-        locate, length, done = self._backend.locate, len(into), 0
+        locate, length, done = self._reads.backend.locate, len(into), 0
         while done < length:
             located = locate(offset + done, length - done)
             if located is None:
@@ -93,8 +124,16 @@ class LateRead(Deferred):
                 break
         return done
 
+    def _over(self) -> None:
+        """All of it is done with."""
+        self.release()
+        self._reads.ended()
+
     def release(self) -> None:
-        self._account.give(self._request.length)
+        if self.span is not None:
+            self.span.release()
+            self.span = None
+        self._reads.account.give(self._request.length)
 
 
 class LateReads:
@@ -104,33 +143,51 @@ class LateReads:
         export: what is read.
         account: of the connection.
         replies: the framing of its replies.
-        copied: called when all of a read is done with.
-        long_way: called instead, as `LateRead` says.
+        warm: what is known of the files.
+        error: the reply to a read that has failed; the log is told, too.
+        ended: called when all of a read is done with.
+        long_way: called instead, with the request and how much of it was sent, where the rest can't be had at once:
+            that is the callee's then, and so is what is reserved.
     """
 
-    __slots__ = ("_account", "_copied", "_export", "_long_way", "_replies")
+    __slots__ = ("_file", "account", "backend", "ended", "error", "export", "long_way", "replies", "warm")
 
     def __init__(
         self,
         export: Export,
         account: Account,
         replies: Replies,
-        copied: Callable[[], None],
+        warm: WarmRegions,
+        error: Callable[[Request, OSError], Buffer],
+        ended: Callable[[], None],
         long_way: Callable[[Request, int], None],
     ) -> None:
-        self._export = export
-        self._account = account
-        self._replies = replies
-        self._copied = copied
-        self._long_way = long_way
+        self.export = export
+        self.backend = export.backend
+        self.account = account
+        self.replies = replies
+        self.warm = warm
+        self.error = error
+        self.ended = ended
+        self.long_way = long_way
+        self._file: SpanFile | None = None
 
     def answer(self, request: Request) -> LateRead | None:
         """The reply to a read that has its memory, if its bytes are in files, but may move in them; None if not."""
-        if not self._replies.can_send_holes or request.flags & CommandFlag.DF:
+        if not self.replies.can_send_holes or request.flags & CommandFlag.DF:
             return None
-        export = self._export
-        located = export.backend.locate(request.offset, request.length)
+        located = self.backend.locate(request.offset, request.length)
         # Of what never moves it is known by now that it is not in memory, or a hole.
-        if located is None or (located[2] == request.length and export.located_for_good()):
+        if located is None or (located[2] == request.length and self.export.located_for_good()):
             return None
-        return LateRead(request, export.backend, self._account, self._replies, self._copied, self._long_way)
+        return LateRead(request, self)
+
+    def file_of(self, fd: int) -> SpanFile | None:
+        """The file that spans are sent from; None if there are no descriptors left."""
+        try:
+            status = os.fstat(fd)
+            if self._file is None or not self._file.serves(status):
+                self._file = SpanFile(fd, status)
+        except OSError:
+            return None
+        return self._file

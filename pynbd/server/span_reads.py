@@ -4,11 +4,9 @@ import os
 from collections.abc import Callable
 
 from nbd_protocol.constants import CommandFlag
-from nbd_protocol.errors import errno_to_nbd
 from nbd_protocol.transmission import Replies, Request
 from pynbd.block.statistics import Operation
 from pynbd.server.buffers import Buffer
-from pynbd.server.execution import describe
 from pynbd.server.export import Export
 from pynbd.server.spans import FileSpan, SpanFile, has_hole
 from pynbd.server.warm_regions import WarmRegions
@@ -24,7 +22,7 @@ class SpanReads:
         replies: the framing of its replies.
         warm: what is known of the files.
         warn: logs what went wrong.
-        request_failed: logs which request has failed, and why.
+        error: the reply to a read that has failed; the log is told, too.
         ended: called when the bytes of a read have left, with their number.
     """
 
@@ -34,7 +32,7 @@ class SpanReads:
         replies: Replies,
         warm: WarmRegions,
         warn: Callable[[str], None],
-        request_failed: Callable[[str], None],
+        error: Callable[[Request, OSError], Buffer],
         ended: Callable[[int], None],
     ) -> None:
         self.export = export
@@ -42,7 +40,7 @@ class SpanReads:
         self._replies = replies
         self._warm = warm
         self._warn = warn
-        self._request_failed = request_failed
+        self._error = error
         self._ended = ended
         self._file: SpanFile | None = None
 
@@ -74,8 +72,7 @@ class SpanReads:
         def finish(problem: OSError | None) -> Buffer:
             self._ended(length)
             if problem is not None:
-                self._request_failed(f"export {self.export.name!r}: {describe(request)}: {problem}")
-                return replies.error(request, errno_to_nbd(problem.errno), str(problem))
+                return self._error(request, problem)
             self.backend.statistics.account(Operation.READ, 1, length, 0)
             return replies.done(request)
 

@@ -51,6 +51,13 @@ class WarmRegions:
             known[key] = until
         return until > 0
 
+    def reach(self, fd: int, offset: int, length: int) -> int:
+        """How much of a range, from its beginning on, lies in regions that are warm as `hold` says."""
+        position, end = offset, offset + length
+        while position < end and self.hold(fd, position, 1):
+            position += REGION_BYTES - position % REGION_BYTES
+        return min(position, end) - offset
+
 
 def _is_warm(fd: int, offset: int) -> bool:
     """One that reaches past the end of the file is not."""

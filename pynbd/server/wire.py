@@ -13,6 +13,7 @@ from typing import Protocol
 
 from pynbd.crypto.tls_socket import TlsSocket
 from pynbd.server.buffers import Buffer
+from pynbd.server.holds import Holds
 from pynbd.server.late_reads import LateRead
 from pynbd.server.loop import ServingLoop
 from pynbd.server.spans import Deferred, FileSpan
@@ -132,6 +133,7 @@ class PlainWire:
         self._queue: deque[Item] = deque()
         self._passing = passing
         self._is_unix = isinstance(sock, socket.socket) and sock.family == socket.AF_UNIX
+        self._holds = Holds(loop, self._fetched, self._copy_span)
         self._may_be_behind_at = 0
         """Before so many bytes have gone, nobody need ask again whether the client is behind."""
         self._reading = False
@@ -290,6 +292,16 @@ class PlainWire:
         return sent == total
 
     def _send_late(self, read: LateRead) -> bool:
+        if read.span is not None:
+            return self._send_span(read.span)
+        # Only of a Unix client it can be told what it has fetched: on one machine, bytes that TCP acknowledged may lie
+        # in their pages still.
+        if self._is_unix and (begun := read.begin_span()) is not None:
+            header, release = begun
+            self._holds.begin(release)
+            self._queue.appendleft(header)
+            self.unsent += len(header)
+            return True
         piece = read.next_piece(self._passing[: self.late_piece_bytes])
         if not len(read) or piece is None:
             self._queue.popleft()
@@ -331,14 +343,39 @@ class PlainWire:
             elif problem is None:
                 problem = OSError(errno.EIO, f"the file ends at offset {span.offset}")
         # The header has promised the bytes: what the file can't give is made up, and the end of the reply says so.
-        self._queue.popleft()
+        self._replace_span(0, span, bytes(span.length), problem)
+        self._holds.end(self.moved)
+        return True
+
+    def _replace_span(self, index: int, span: FileSpan, rest: bytes, problem: OSError | None = None) -> None:
+        """Queue bytes instead of what is left of a span, alone or of a late read, at a place in the queue."""
+        queue = self._queue
         span.release()
         end = span.finish(problem)
-        rest = [bytes(span.length), end] if span.length else [end]
-        for item in reversed(rest):
-            self._queue.appendleft(item)
-            self.unsent += len(item)
-        return True
+        item = queue[index]
+        if item is span or not len(item):
+            del queue[index]
+        for part in (end, rest):
+            if len(part):
+                queue.insert(index, part)
+                self.unsent += len(part)
+
+    def _copy_span(self) -> None:
+        """Keep what is left of a late read's span in memory: it may not stay any longer where it lies."""
+        for index, item in enumerate(self._queue):
+            if isinstance(item, LateRead) and (span := item.span) is not None:
+                try:
+                    rest, problem = os.pread(span.file.fd, span.length, span.offset), None
+                except OSError as error:
+                    rest, problem = b"", error
+                if problem is None and len(rest) < span.length:
+                    problem = OSError(errno.EIO, f"the file ends at offset {span.offset + len(rest)}")
+                self._replace_span(index, span, rest + bytes(span.length - len(rest)), problem)
+                return
+
+    def _fetched(self) -> int:
+        """How much of what was sent to a Unix client it has fetched."""
+        return self.moved - linux.unfetched_bytes(self._fd)
 
     def _send_from_file(self, fd: int, offset: int, length: int) -> int:
         """Send some of a file's bytes, and say how many; 0 where the file ends.
@@ -372,6 +409,7 @@ class PlainWire:
         if self._closed:
             return 0
         self._closed = True
+        self._holds.close()
         self.pause_reading()
         if self._writing:
             self._writing = False

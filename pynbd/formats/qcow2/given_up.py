@@ -1,10 +1,12 @@
 """Clusters that were given up: they lose a reference when nothing on disk points to them, and nobody reads there."""
 
+import itertools
 import logging
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
+from pynbd.block.driver import Release
 from pynbd.block.errors import ImageError
 from pynbd.formats.qcow2.refcounts import Run
 
@@ -54,10 +56,12 @@ class GivenUp:
         self._waiting: list[tuple[int, list[Gone]]] = []
         self._epoch = 0
         self._readers: dict[int, int] = {}
+        self._holds: set[tuple[int, int]] = set()
+        self._hold_numbers = itertools.count()
 
     def __bool__(self) -> bool:
-        """Whether any clusters are still to lose a reference."""
-        return bool(self.gone or self._waiting)
+        """Whether a commit would have any clusters lose a reference."""
+        return bool(self.gone) or self._next_is_free()
 
     @property
     def bytes(self) -> int:
@@ -97,6 +101,32 @@ class GivenUp:
         else:
             del self._readers[epoch]
 
+    def hold(self) -> Release:
+        """As `begin_read`, for somebody who can't be waited for (see `Driver.hold_located`).
+
+        Returns:
+            what ends it, unless `end_holds` has.
+        """
+        hold = self.begin_read(), next(self._hold_numbers)
+        self._holds.add(hold)
+
+        def release() -> None:
+            if hold in self._holds:
+                self._holds.remove(hold)
+                self.end_read(hold[0])
+
+        return release
+
+    def end_holds(self) -> None:
+        """All of `hold` are over: what was given up has to go now."""
+        for epoch, _ in self._holds:
+            self.end_read(epoch)
+        self._holds.clear()
+
+    def _next_is_free(self) -> bool:
+        """Whether nobody reads any more where something was that waits for it."""
+        return bool(self._waiting) and not any(epoch <= self._waiting[0][0] for epoch in self._readers)
+
     # --- giving back ---------------------------------------------------------------------------------------
 
     def take(self) -> list[Gone]:
@@ -118,7 +148,7 @@ class GivenUp:
                 raise
             self._waiting.append((self._epoch, list(taken)))
             self._epoch += 1
-        while self._waiting and not any(epoch <= self._waiting[0][0] for epoch in self._readers):
+        while self._next_is_free():
             _, free = self._waiting.pop(0)
             for gone in free:
                 await self.drop_references(*gone)

@@ -242,7 +242,8 @@ class Image(LoadedTables):
         await self.barrier()
 
     async def commit_all(self) -> None:
-        """Write everything, also what the writing itself changes; nobody else is at work."""
+        """Write everything, also what the writing itself changes; nobody else is at work, and nothing is held."""
+        self.given_up.end_holds()
         while not self.is_clean:
             await self.commit()
 

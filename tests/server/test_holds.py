@@ -1,0 +1,261 @@
+"""Long reads of an image, sent straight from its file: what they show stays there until the client has it."""
+
+import asyncio
+import errno
+import os
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from nbd_protocol.constants import Command, Errno, ReplyMode
+from pynbd.block.statistics import Operation
+from pynbd.formats.qcow2.driver import Qcow2
+from pynbd.formats.qcow2.given_up import GivenUp
+from pynbd.server import holds
+from pynbd.server.connection import Connection
+from pynbd.server.holds import Holds
+from pynbd.server.wire import PIECE_BYTES
+from tests.peers import require_tool, run
+from tests.server.clients import CHUNKED, LIMIT_S, Client, Served, serving, the_connection
+
+KIB, MIB = 1 << 10, 1 << 20
+DATA, SIZE = 24 * MIB, 32 * MIB
+FIRST = MIB
+"""Before that the image's own structures are near, with holes between them."""
+CLUSTER = 64 * KIB
+
+
+@pytest.fixture(scope="module")
+def content() -> bytes:
+    return random.Random(1).randbytes(DATA)
+
+
+@pytest.fixture
+def image(content: bytes, tmp_path: Path) -> Path:
+    """Its data lie in one piece, with nothing behind them in the disk."""
+    raw, path = tmp_path / "raw", tmp_path / "image"
+    raw.write_bytes(content)
+    os.truncate(raw, SIZE)
+    run(require_tool("qemu-img"), "convert", "-f", "raw", "-O", "qcow2", raw, path)
+    return path
+
+
+@asynccontextmanager
+async def serving_image(path: Path) -> AsyncIterator[Served]:
+    """Serve an image; it is sound afterwards, and no cluster is lost."""
+    # Its file hears of no discard: where that makes a hole, nobody would see what is written there next.
+    tree = {
+        "driver": "qcow2",
+        "file": {"driver": "file", "filename": str(path), "discard": "ignore"},
+        "discard": "unmap",
+    }
+    async with serving(tree) as served:
+        await served.server.exports[""].backend.read(0, memoryview(bytearray(512)))  # its only table is known then
+        yield served
+    run(require_tool("qemu-img"), "check", "-q", "-f", "qcow2", path)
+
+
+def given_up(served: Served) -> GivenUp:
+    return cast(Qcow2, served.node().driver).image.given_up
+
+
+async def settled(connection: Connection) -> None:
+    """All that was asked for has been sent, as far as the socket takes it."""
+    async with asyncio.timeout(LIMIT_S):
+        moved = -1
+        while connection.wire.moved != moved:
+            moved = connection.wire.moved
+            await asyncio.sleep(0.01)
+
+
+async def nothing_held(served: Served) -> None:
+    async with asyncio.timeout(LIMIT_S):
+        while given_up(served)._holds:
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How much each `sendfile` has sent."""
+    sent: list[int] = []
+    sendfile = os.sendfile
+
+    def counting(out: int, fd: int, offset: int, count: int) -> int:
+        sent.append(sendfile(out, fd, offset, count))
+        return sent[-1]
+
+    monkeypatch.setattr(os, "sendfile", counting)
+    return sent
+
+
+@pytest.mark.parametrize("mode", CHUNKED)
+@pytest.mark.parametrize("length", [128 * KIB, PIECE_BYTES, MIB + 4096, 8 * MIB])
+async def test_what_lies_in_one_piece(
+    mode: ReplyMode, length: int, image: Path, content: bytes, sent: list[int]
+) -> None:
+    async with serving_image(image) as served:
+        client, offset = await served.connect(mode=mode), FIRST
+        reply = await client.ask(Command.READ, offset, length)
+        assert bytes(reply.data) == content[offset : offset + length]
+        assert reply.chunks == [("data", offset, length)]
+        assert PIECE_BYTES // 2 <= sum(sent) <= length, "if the client is behind, the rest may be copied"
+        statistics = served.server.exports[""].backend.statistics
+        assert (statistics.operations[Operation.READ], statistics.bytes[Operation.READ]) == (2, 512 + length)
+        await nothing_held(served)
+        assert not the_connection(served).account.held
+
+
+async def test_what_lies_scattered(image: Path, sent: list[int]) -> None:
+    source = random.Random(2)
+    data = source.randbytes(4 * MIB)
+    order = list(range(0, len(data), CLUSTER))
+    source.shuffle(order)
+    async with serving_image(image) as served:
+        client = await served.connect()
+        for start in order:
+            await client.write(DATA + start, data[start : start + CLUSTER])
+        assert await client.read(DATA, len(data)) == data
+        assert sum(sent) < len(data) // 2, "few clusters lie beside each other"
+
+
+@pytest.mark.parametrize("held", [True, False])
+async def test_its_place_is_not_used_again(
+    held: bool, image: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not held:  # to see that it is this what helps
+        monkeypatch.setattr(GivenUp, "hold", lambda _: lambda: None)
+    async with serving_image(image) as served:
+        reader = await served.connect()
+        cookie = await reader.send(Command.READ, FIRST, PIECE_BYTES)
+        await settled(the_connection(served))
+        writer = await served.connect()
+        await writer.ask(Command.TRIM, FIRST, PIECE_BYTES)
+        await writer.ask(Command.FLUSH)
+        before = image.stat().st_size
+        await writer.write(DATA, b"x" * PIECE_BYTES)
+        assert (image.stat().st_size > before) == held
+        shown = bytes((await reader.reply(cookie)).data)
+        assert shown == (content[FIRST : FIRST + PIECE_BYTES] if held else b"x" * PIECE_BYTES)
+        await nothing_held(served)
+        await writer.ask(Command.FLUSH)
+        before = image.stat().st_size
+        await writer.write(DATA + MIB, b"y" * PIECE_BYTES)
+        assert (image.stat().st_size > before) != held, "now it is used again"
+
+
+async def too_much(served: Served) -> tuple[Client, int]:
+    """A client that asks for more than its socket holds."""
+    client = await served.connect()
+    cookie = await client.send(Command.READ, FIRST, 20 * MIB)
+    connection = the_connection(served)
+    await settled(connection)
+    assert connection.wire.queued
+    return client, cookie
+
+
+async def test_a_stuck_client_holds_nothing_for_ever(
+    image: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holds, "LONGEST_S", 0.2)
+    async with serving_image(image) as served:
+        client, cookie = await too_much(served)
+        assert not the_connection(served).wire.unsent
+        await nothing_held(served)
+        assert the_connection(served).wire.unsent, "what was left is in memory now"
+        assert bytes((await client.reply(cookie)).data) == content[FIRST : FIRST + 20 * MIB]
+        assert await client.read(MIB, MIB) == content[MIB : 2 * MIB]
+
+
+@pytest.mark.parametrize("fails", [True, False])
+async def test_what_is_left_can_not_be_kept(
+    fails: bool, image: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holds, "LONGEST_S", 0.2)
+    async with serving_image(image) as served:
+        client, cookie = await too_much(served)
+
+        def pread(fd: int, length: int, offset: int) -> bytes:
+            if fails:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return bytes(MIB)
+
+        monkeypatch.setattr(os, "pread", pread)
+        await nothing_held(served)
+        monkeypatch.undo()
+        assert (await client.reply(cookie)).error == Errno.EIO
+        assert await client.read(MIB, MIB) == content[MIB : 2 * MIB]
+
+
+@pytest.mark.parametrize("leaves", ["client", "server"])
+async def test_who_leaves_holds_nothing(leaves: str, image: Path) -> None:
+    async with serving_image(image) as served:
+        client, _ = await too_much(served)
+        writer = await served.connect()
+        await writer.ask(Command.TRIM, 0, DATA)
+        await writer.ask(Command.FLUSH)
+        assert given_up(served)._holds
+        if leaves == "client":
+            client.sock.close()
+            await served.until_gone(1)
+            assert not given_up(served)._holds
+            await writer.write(DATA, b"x")
+            await writer.ask(Command.FLUSH)
+            assert not given_up(served)
+
+
+async def test_a_file_that_fails(image: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sendfile(out: int, fd: int, offset: int, count: int) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    async with serving_image(image) as served:
+        client = await served.connect()
+        with monkeypatch.context() as broken:
+            broken.setattr(os, "sendfile", sendfile)
+            reply = await client.ask(Command.READ, FIRST, MIB)
+            assert reply.error == Errno.EIO
+            assert not any(reply.data)
+        assert await client.read(FIRST, MIB) == content[FIRST : FIRST + MIB]
+        await nothing_held(served)
+
+
+async def test_an_image_that_must_be_settled_waits_for_nobody(image: Path) -> None:
+    async with serving_image(image) as served:
+        await too_much(served)
+        writer = await served.connect()
+        await writer.ask(Command.TRIM, 0, MIB)
+        driver = cast(Qcow2, served.node().driver)
+        await driver.snapshot_create("first")
+        assert not given_up(served)
+        await driver.snapshot_delete("first")
+
+
+async def test_through_tcp_it_is_copied(image: Path, content: bytes, sent: list[int]) -> None:
+    """What a peer has acknowledged may lie in its pages still."""
+    tree = {"driver": "qcow2", "file": {"driver": "file", "filename": str(image)}}
+    async with serving(tree, tcp=True) as served:
+        client = await served.connect()
+        await client.read(0, 512)
+        assert await client.read(MIB, MIB) == content[MIB : 2 * MIB]
+        assert not sent
+        assert not given_up(served)._holds
+
+
+async def test_held_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each until all up to its end was fetched."""
+    monkeypatch.setattr(holds, "LOOK_S", 0.001)
+    fetched, released = 0, list[int]()
+    held = Holds(asyncio.get_running_loop(), lambda: fetched, lambda: None)
+    for number in range(4):
+        held.begin(lambda number=number: released.append(number))  # type: ignore[misc]  # a lambda's default
+        held.end(100 * (number + 1))
+    for position, expected in ((99, 0), (100, 1), (350, 3)):
+        fetched = position
+        await asyncio.sleep(0.02)
+        assert released == list(range(expected))
+    held.begin(lambda: released.append(9))
+    held.close()
+    assert sorted(released) == [0, 1, 2, 3, 9]
