@@ -140,7 +140,7 @@ class PlainWire:
         self._writing = False
         self._closed = False
         self.unsent = 0
-        self.moved = 0
+        self.moved = self._received = 0
 
     def receive_into(self, into: memoryview) -> int:
         try:
@@ -148,6 +148,7 @@ class PlainWire:
         except (BlockingIOError, InterruptedError):
             return -1
         self.moved += received
+        self._received += received
         return received
 
     def send(self, items: list[Item]) -> None:
@@ -344,7 +345,7 @@ class PlainWire:
                 problem = OSError(errno.EIO, f"the file ends at offset {span.offset}")
         # The header has promised the bytes: what the file can't give is made up, and the end of the reply says so.
         self._replace_span(0, span, bytes(span.length), problem)
-        self._holds.end(self.moved)
+        self._holds.end(self.moved - self._received)
         return True
 
     def _replace_span(self, index: int, span: FileSpan, rest: bytes, problem: OSError | None = None) -> None:
@@ -374,8 +375,8 @@ class PlainWire:
                 return
 
     def _fetched(self) -> int:
-        """How much of what was sent to a Unix client it has fetched."""
-        return self.moved - linux.unfetched_bytes(self._fd)
+        """How much of what was sent to a Unix client it has fetched, at the least."""
+        return self.moved - self._received - linux.unfetched_bytes(self._fd)
 
     def _send_from_file(self, fd: int, offset: int, length: int) -> int:
         """Send some of a file's bytes, and say how many; 0 where the file ends.

@@ -147,6 +147,24 @@ async def test_its_place_is_not_used_again(
         assert (image.stat().st_size > before) != held, "now it is used again"
 
 
+async def test_what_a_client_sends_is_not_what_it_has_fetched(image: Path, content: bytes) -> None:
+    async with serving_image(image) as served:
+        client = await served.connect()
+        first = await client.send(Command.READ, FIRST, PIECE_BYTES)
+        await settled(the_connection(served))
+        await client.send(Command.TRIM, FIRST, PIECE_BYTES)
+        await client.send(Command.FLUSH)
+        await client.send(Command.WRITE, DATA, payload=b"x" * 2 * MIB)
+        await settled(the_connection(served))
+        await asyncio.sleep(2 * holds.LOOK_S)
+        await client.send(Command.FLUSH)
+        await settled(the_connection(served))
+        last = await client.send(Command.WRITE, DATA + 4 * MIB, payload=b"y" * MIB)
+        await settled(the_connection(served))
+        assert bytes((await client.reply(first)).data) == content[FIRST : FIRST + PIECE_BYTES]
+        await client.reply(last)
+
+
 async def too_much(served: Served) -> tuple[Client, int]:
     """A client that asks for more than its socket holds."""
     client = await served.connect()
