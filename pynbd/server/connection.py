@@ -128,9 +128,14 @@ class Connection:
             lost=self._lose,
         )
         execution = Execution(export, replies, ready.contexts, request_failed)
-        self._spans = SpanReads(export, replies, scratch.warm, warn, execution.error, outstanding.span_ended)
+        self._spans = SpanReads(execution, scratch.warm, warn, outstanding.span_ended)
         self._late_reads = LateReads(
-            export, account, replies, scratch.warm, execution.error, outstanding.request_ended, self._read_rest
+            execution,
+            account,
+            scratch.warm,
+            outstanding.request_ended,
+            self._read_rest,
+            holds_spans=self.wire.holds_spans,
         )
         self._coroutines = Coroutines(
             execution, replies, starter, account, scratch.buffers, peer, outstanding.begun_in_place, self._answer
@@ -545,7 +550,7 @@ class Connection:
             return True
         # What is shorter was tried in place, and is not in memory.
         is_long_read = length > INLINE_READ_BYTES and kind == READ
-        if is_long_read and self._replies.can_send_holes:
+        if is_long_read:
             items = self._spans.answer(request)
             if items is not None:
                 outstanding.requests += 1

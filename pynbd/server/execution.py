@@ -32,14 +32,14 @@ class Execution:
         warn: logs what has failed.
     """
 
-    __slots__ = ("_contexts", "_replies", "_warn", "backend", "export")
+    __slots__ = ("_contexts", "_warn", "backend", "export", "replies")
 
     def __init__(
         self, export: Export, replies: Replies, contexts: Mapping[int, str], warn: Callable[[str], None]
     ) -> None:
         self.export = export
         self.backend = export.backend
-        self._replies = replies
+        self.replies = replies
         self._contexts = contexts
         self._warn = warn
 
@@ -50,7 +50,29 @@ class Execution:
         code = errno_to_nbd(problem.errno or errno.EIO, fast_zero=fast)
         if code is not Errno.ENOTSUP and problem.errno != errno.ESHUTDOWN:
             self._warn(f"export {self.export.name!r}: {describe(request)}: {problem}")
-        return self._replies.error(request, code, str(problem.strerror or problem))
+        return self.replies.error(request, code, str(problem.strerror or problem))
+
+    def span_header(self, request: Request, offset: int, length: int) -> bytes:
+        """What precedes bytes of a read that are sent from a file; all of the read's in a simple reply."""
+        return self.replies.read_data(request, offset, length, done=not self.replies.can_send_holes)
+
+    def span_end(self, request: Request, problem: OSError | None) -> bytes:
+        """What follows the last of them.
+
+        Args:
+            request: the read.
+            problem: zeroes were sent instead of bytes.
+
+        Raises:
+            OSError: the problem, where the reply can't tell it any more. The log was told.
+        """
+        can_tell = self.replies.can_send_holes
+        if problem is not None:
+            error = self.error(request, problem)
+            if not can_tell:
+                raise problem
+            return error
+        return self.replies.done(request) if can_tell else b""
 
     async def execute(self, request: Request) -> list[Item]:
         """Do what a request asks for that carries no data either way; returns its reply.
@@ -85,7 +107,7 @@ class Execution:
                 await backend.truncate(offset)
             case _:
                 raise AssertionError(f"{describe(request)} was let through")
-        return [self._replies.done(request)]
+        return [self.replies.done(request)]
 
     async def read(self, request: Request) -> list[Item]:
         """The reply to a READ.
@@ -95,13 +117,13 @@ class Execution:
         """
         length, offset = request.length, request.offset
         if not length:
-            return [self._replies.done(request)]
-        if length >= HOLE_READ_BYTES and self._replies.can_send_holes and not request.flags & CommandFlag.DF:
+            return [self.replies.done(request)]
+        if length >= HOLE_READ_BYTES and self.replies.can_send_holes and not request.flags & CommandFlag.DF:
             return await self.read_in_chunks(request, 0)
-        header = self._replies.read_header_size
+        header = self.replies.read_header_size
         reply = bytearray(header + length)
         await self.backend.read(offset, memoryview(reply)[header:])
-        self._replies.pack_read_header(reply, 0, request.cookie, offset, length)
+        self.replies.pack_read_header(reply, 0, request.cookie, offset, length)
         return [reply]
 
     async def read_in_chunks(self, request: Request, sent: int) -> list[Item]:
@@ -126,11 +148,11 @@ class Execution:
         for length, zero in runs(extents):
             done = offset + length == end
             if zero:
-                items.append(self._replies.read_hole(request, offset, length, done=done))
+                items.append(self.replies.read_hole(request, offset, length, done=done))
             else:
                 data = bytearray(length)
                 await self.backend.read(offset, memoryview(data))
-                items += [self._replies.read_data(request, offset, length, done=done), data]
+                items += [self.replies.read_data(request, offset, length, done=done), data]
             offset += length
         return items
 
@@ -143,7 +165,7 @@ class Execution:
             extents = await self.export.context_extents(
                 self._contexts[context_id], request.offset, request.length, one=one
             )
-            items.append(self._replies.block_status(request, context_id, extents, done=number == len(ids)))
+            items.append(self.replies.block_status(request, context_id, extents, done=number == len(ids)))
         return items
 
 

@@ -7,16 +7,19 @@ processor's cache has it still. Where they lie is asked for anew with each piece
 
 import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from nbd_protocol.constants import CommandFlag
-from nbd_protocol.transmission import Replies, Request
+from nbd_protocol.transmission import Request
 from pynbd.block.driver import Release
 from pynbd.block.statistics import Operation
 from pynbd.server.budget import Account
 from pynbd.server.buffers import Buffer
-from pynbd.server.export import Export
 from pynbd.server.spans import Deferred, FileSpan, SpanFile, is_whole
 from pynbd.server.warm_regions import WarmRegions
+
+if TYPE_CHECKING:
+    from pynbd.server.execution import Execution
 
 SHORTEST_SPAN_BYTES = 128 << 10
 """What is shorter is copied, with what lies elsewhere, into one piece."""
@@ -54,7 +57,8 @@ class LateRead(Deferred):
         """
         reads, request, sent = self._reads, self._request, self._sent
         offset, wanted = request.offset + sent, len(self)
-        located, shortest = reads.backend.locate(offset, wanted), min(wanted, SHORTEST_SPAN_BYTES)
+        located = reads.backend.locate(offset, wanted)
+        shortest = min(wanted, SHORTEST_SPAN_BYTES) if reads.replies.can_send_holes else wanted
         if located is None or located.length < shortest or not located.flags:
             return None
         fd, position, length, _, _ = located
@@ -71,7 +75,7 @@ class LateRead(Deferred):
             return self._span_sent(length, problem)
 
         self.span = FileSpan(file, position, length, finish)
-        return reads.replies.read_data(request, offset, length, done=False), release
+        return reads.execution.span_header(request, offset, length), release
 
     def _span_sent(self, length: int, problem: OSError | None) -> Buffer:
         """What is to be sent behind a span."""
@@ -81,10 +85,9 @@ class LateRead(Deferred):
             reads.backend.statistics.account(Operation.READ, 0, length, 0)
             return b""
         self._over()
-        if problem is not None:
-            return reads.error(request, problem)
-        reads.backend.statistics.account(Operation.READ, 1, length, 0)
-        return reads.replies.done(request)
+        if problem is None:
+            reads.backend.statistics.account(Operation.READ, 1, length, 0)
+        return reads.execution.span_end(request, problem)
 
     def next_piece(self, into: memoryview) -> tuple[bytes, int] | None:
         """Copy the bytes that come next, and say what precedes them in the reply and how many they are.
@@ -94,7 +97,7 @@ class LateRead(Deferred):
         """
         reads, request, sent = self._reads, self._request, self._sent
         offset, wanted = request.offset + sent, min(len(self), len(into))
-        got = self._copy(offset, into[:wanted])
+        got = self._copy(offset, into[:wanted]) if reads.replies.can_send_holes else 0
         if got < min(wanted, SHORTEST_BYTES):
             reads.long_way(request, sent)
             return None
@@ -140,45 +143,59 @@ class LateReads:
     """The reads of one connection that are likely to be answered so.
 
     Args:
-        export: what is read.
+        execution: knows what is read, and frames what is sent from files.
         account: of the connection.
-        replies: the framing of its replies.
         warm: what is known of the files.
-        error: the reply to a read that has failed; the log is told, too.
         ended: called when all of a read is done with.
         long_way: called instead, with the request and how much of it was sent, where the rest can't be had at once:
             that is the callee's then, and so is what is reserved.
+        holds_spans: whether bytes that may move can be sent from their files at all.
     """
 
-    __slots__ = ("_file", "account", "backend", "ended", "error", "export", "long_way", "replies", "warm")
+    __slots__ = (
+        "_file",
+        "_holds_spans",
+        "account",
+        "backend",
+        "ended",
+        "execution",
+        "export",
+        "long_way",
+        "replies",
+        "warm",
+    )
 
     def __init__(
         self,
-        export: Export,
+        execution: "Execution",
         account: Account,
-        replies: Replies,
         warm: WarmRegions,
-        error: Callable[[Request, OSError], Buffer],
         ended: Callable[[], None],
         long_way: Callable[[Request, int], None],
+        *,
+        holds_spans: bool,
     ) -> None:
-        self.export = export
-        self.backend = export.backend
+        self.export = execution.export
+        self.backend = execution.backend
+        self.replies = execution.replies
         self.account = account
-        self.replies = replies
         self.warm = warm
-        self.error = error
+        self.execution = execution
         self.ended = ended
         self.long_way = long_way
+        self._holds_spans = holds_spans
         self._file: SpanFile | None = None
 
     def answer(self, request: Request) -> LateRead | None:
         """The reply to a read that has its memory, if its bytes are in files, but may move in them; None if not."""
-        if not self.replies.can_send_holes or request.flags & CommandFlag.DF:
+        in_chunks = self.replies.can_send_holes
+        if request.flags & CommandFlag.DF or not (in_chunks or self._holds_spans):
             return None
         located = self.backend.locate(request.offset, request.length)
         # Of what never moves it is known by now that it is not in memory, or a hole.
         if located is None or (located[2] == request.length and self.export.located_for_good()):
+            return None
+        if located[2] < request.length and not in_chunks:
             return None
         return LateRead(request, self)
 

@@ -4,10 +4,10 @@ import os
 from collections.abc import Callable
 
 from nbd_protocol.constants import CommandFlag
-from nbd_protocol.transmission import Replies, Request
+from nbd_protocol.transmission import Request
 from pynbd.block.statistics import Operation
 from pynbd.server.buffers import Buffer
-from pynbd.server.export import Export
+from pynbd.server.execution import Execution
 from pynbd.server.spans import FileSpan, SpanFile, has_hole
 from pynbd.server.warm_regions import WarmRegions
 from pynbd.server.wire import Item
@@ -18,29 +18,24 @@ class SpanReads:
     """The reads of one connection that can be answered so.
 
     Args:
-        export: what is read.
-        replies: the framing of its replies.
+        execution: knows what is read, and frames the replies.
         warm: what is known of the files.
         warn: logs what went wrong.
-        error: the reply to a read that has failed; the log is told, too.
         ended: called when the bytes of a read have left, with their number.
     """
 
     def __init__(
         self,
-        export: Export,
-        replies: Replies,
+        execution: Execution,
         warm: WarmRegions,
         warn: Callable[[str], None],
-        error: Callable[[Request, OSError], Buffer],
         ended: Callable[[int], None],
     ) -> None:
-        self.export = export
-        self.backend = export.backend
-        self._replies = replies
+        self.export = execution.export
+        self.backend = execution.backend
         self._warm = warm
         self._warn = warn
-        self._error = error
+        self._execution = execution
         self._ended = ended
         self._file: SpanFile | None = None
 
@@ -67,14 +62,11 @@ class SpanReads:
         except OSError as problem:
             self._warn(f"can't send from the page cache, so it is copied: {problem}")
             return None
-        replies = self._replies
 
         def finish(problem: OSError | None) -> Buffer:
             self._ended(length)
-            if problem is not None:
-                return self._error(request, problem)
-            self.backend.statistics.account(Operation.READ, 1, length, 0)
-            return replies.done(request)
+            if problem is None:
+                self.backend.statistics.account(Operation.READ, 1, length, 0)
+            return self._execution.span_end(request, problem)
 
-        header = replies.read_data(request, offset, length, done=False)
-        return [header, FileSpan(file, located[1], length, finish)]
+        return [self._execution.span_header(request, offset, length), FileSpan(file, located[1], length, finish)]

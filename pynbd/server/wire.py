@@ -45,6 +45,8 @@ class Wire(Protocol):
 
     kernel_receives: bool
     """Whether it is the kernel that puts received bytes where they are to go, and not this program."""
+    holds_spans: bool
+    """Whether it is known when the peer has fetched what was sent from a file. If not, what may move is not sent so."""
     unsent: int
     """Bytes that are queued in memory (what is deferred counts nothing)."""
     moved: int
@@ -132,7 +134,8 @@ class PlainWire:
         self._on_lost = on_lost
         self._queue: deque[Item] = deque()
         self._passing = passing
-        self._is_unix = isinstance(sock, socket.socket) and sock.family == socket.AF_UNIX
+        # On one machine, bytes that TCP has acknowledged may lie in their pages still.
+        self._is_unix = self.holds_spans = isinstance(sock, socket.socket) and sock.family == socket.AF_UNIX
         self._holds = Holds(loop, self._fetched, self._copy_span)
         self._may_be_behind_at = 0
         """Before so many bytes have gone, nobody need ask again whether the client is behind."""
@@ -295,9 +298,7 @@ class PlainWire:
     def _send_late(self, read: LateRead) -> bool:
         if read.span is not None:
             return self._send_span(read.span)
-        # Only of a Unix client it can be told what it has fetched: on one machine, bytes that TCP acknowledged may lie
-        # in their pages still.
-        if self._is_unix and (begun := read.begin_span()) is not None:
+        if self.holds_spans and (begun := read.begin_span()) is not None:
             header, release = begun
             self._holds.begin(release)
             self._queue.appendleft(header)
@@ -352,7 +353,11 @@ class PlainWire:
         """Queue bytes instead of what is left of a span, alone or of a late read, at a place in the queue."""
         queue = self._queue
         span.release()
-        end = span.finish(problem)
+        try:
+            end = span.finish(problem)
+        except OSError:
+            del queue[index]  # nothing of it is left
+            raise
         item = queue[index]
         if item is span or not len(item):
             del queue[index]
@@ -363,6 +368,12 @@ class PlainWire:
 
     def _copy_span(self) -> None:
         """Keep what is left of a late read's span in memory: it may not stay any longer where it lies."""
+        try:
+            self._copy_late_span()
+        except OSError as problem:
+            self._on_lost(problem)
+
+    def _copy_late_span(self) -> None:
         for index, item in enumerate(self._queue):
             if isinstance(item, LateRead) and (span := item.span) is not None:
                 try:

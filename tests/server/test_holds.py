@@ -20,7 +20,7 @@ from pynbd.server.connection import Connection
 from pynbd.server.holds import Holds
 from pynbd.server.wire import PIECE_BYTES
 from tests.peers import require_tool, run
-from tests.server.clients import CHUNKED, LIMIT_S, Client, Served, serving, the_connection
+from tests.server.clients import LIMIT_S, MODES, Client, Served, serving, the_connection
 
 KIB, MIB = 1 << 10, 1 << 20
 DATA, SIZE = 24 * MIB, 32 * MIB
@@ -92,7 +92,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sent
 
 
-@pytest.mark.parametrize("mode", CHUNKED)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("length", [128 * KIB, PIECE_BYTES, MIB + 4096, 8 * MIB])
 async def test_what_lies_in_one_piece(
     mode: ReplyMode, length: int, image: Path, content: bytes, sent: list[int]
@@ -109,13 +109,14 @@ async def test_what_lies_in_one_piece(
         assert not the_connection(served).account.held
 
 
-async def test_what_lies_scattered(image: Path, sent: list[int]) -> None:
+@pytest.mark.parametrize("mode", MODES)
+async def test_what_lies_scattered(mode: ReplyMode, image: Path, sent: list[int]) -> None:
     source = random.Random(2)
     data = source.randbytes(4 * MIB)
     order = list(range(0, len(data), CLUSTER))
     source.shuffle(order)
     async with serving_image(image) as served:
-        client = await served.connect()
+        client = await served.connect(mode=mode)
         for start in order:
             await client.write(DATA + start, data[start : start + CLUSTER])
         assert await client.read(DATA, len(data)) == data
@@ -165,9 +166,9 @@ async def test_what_a_client_sends_is_not_what_it_has_fetched(image: Path, conte
         await client.reply(last)
 
 
-async def too_much(served: Served) -> tuple[Client, int]:
+async def too_much(served: Served, mode: ReplyMode = ReplyMode.STRUCTURED) -> tuple[Client, int]:
     """A client that asks for more than its socket holds."""
-    client = await served.connect()
+    client = await served.connect(mode=mode)
     cookie = await client.send(Command.READ, FIRST, 20 * MIB)
     connection = the_connection(served)
     await settled(connection)
@@ -175,12 +176,13 @@ async def too_much(served: Served) -> tuple[Client, int]:
     return client, cookie
 
 
+@pytest.mark.parametrize("mode", MODES)
 async def test_a_stuck_client_holds_nothing_for_ever(
-    image: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+    mode: ReplyMode, image: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(holds, "LONGEST_S", 0.2)
     async with serving_image(image) as served:
-        client, cookie = await too_much(served)
+        client, cookie = await too_much(served, mode)
         assert not the_connection(served).wire.unsent
         await nothing_held(served)
         assert the_connection(served).wire.unsent, "what was left is in memory now"
@@ -188,13 +190,14 @@ async def test_a_stuck_client_holds_nothing_for_ever(
         assert await client.read(MIB, MIB) == content[MIB : 2 * MIB]
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("fails", [True, False])
 async def test_what_is_left_can_not_be_kept(
-    fails: bool, image: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+    fails: bool, mode: ReplyMode, image: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(holds, "LONGEST_S", 0.2)
     async with serving_image(image) as served:
-        client, cookie = await too_much(served)
+        client, cookie = await too_much(served, mode)
 
         def pread(fd: int, length: int, offset: int) -> bytes:
             if fails:
@@ -204,7 +207,13 @@ async def test_what_is_left_can_not_be_kept(
         monkeypatch.setattr(os, "pread", pread)
         await nothing_held(served)
         monkeypatch.undo()
-        assert (await client.reply(cookie)).error == Errno.EIO
+        if mode is ReplyMode.SIMPLE:
+            with pytest.raises((EOFError, ConnectionError)):
+                await client.reply(cookie)
+            await served.until_gone()
+            client = await served.connect(mode=mode)
+        else:
+            assert (await client.reply(cookie)).error == Errno.EIO
         assert await client.read(MIB, MIB) == content[MIB : 2 * MIB]
 
 
@@ -225,17 +234,24 @@ async def test_who_leaves_holds_nothing(leaves: str, image: Path) -> None:
             assert not given_up(served)
 
 
-async def test_a_file_that_fails(image: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_file_that_fails(mode: ReplyMode, image: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     def sendfile(out: int, fd: int, offset: int, count: int) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     async with serving_image(image) as served:
-        client = await served.connect()
+        client = await served.connect(mode=mode)
         with monkeypatch.context() as broken:
             broken.setattr(os, "sendfile", sendfile)
-            reply = await client.ask(Command.READ, FIRST, MIB)
-            assert reply.error == Errno.EIO
-            assert not any(reply.data)
+            if mode is ReplyMode.SIMPLE:
+                with pytest.raises((EOFError, ConnectionError)):
+                    await client.read(FIRST, MIB)
+                await served.until_gone()
+                client = await served.connect(mode=mode)
+            else:
+                reply = await client.ask(Command.READ, FIRST, MIB)
+                assert reply.error == Errno.EIO
+                assert not any(reply.data)
         assert await client.read(FIRST, MIB) == content[FIRST : FIRST + MIB]
         await nothing_held(served)
 
