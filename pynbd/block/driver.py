@@ -30,6 +30,7 @@ import msgspec
 
 from pynbd.block import errors
 from pynbd.block.extents import Extent, Status
+from pynbd.block.holding import Release, hold_nothing
 from pynbd.block.limits import UNLIMITED, Limits
 from pynbd.block.options import NodeOptions, Size
 from pynbd.block.permissions import ChildRole, Permission, default_permissions
@@ -67,14 +68,6 @@ HostWriter = Callable[[int, int, int, bool], int]
 zeroes. Gives how many bytes it has put there, from the first one on; behind them it has written nothing. What the
 file says against it, it raises.
 """
-
-
-Release = Callable[[], None]
-"""Ends what `Driver.hold_located` has begun; to be called once."""
-
-
-def hold_nothing() -> None:
-    """The `Release` of what stays where it is in any case."""
 
 
 class Preallocation(Enum):

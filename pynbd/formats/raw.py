@@ -22,11 +22,11 @@ from pynbd.block.driver import (
     Location,
     Preallocation,
     ReadQueue,
-    Release,
     WritePlace,
 )
 from pynbd.block.extents import Extent
 from pynbd.block.families import Measurement
+from pynbd.block.holding import Release
 from pynbd.block.options import MAX_SIZE_BYTES, NodeOptions, Size
 from pynbd.block.permissions import ChildRole, Permission
 from pynbd.block.requests import RequestFlag

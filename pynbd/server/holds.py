@@ -8,7 +8,7 @@ from asyncio import AbstractEventLoop, TimerHandle
 from collections import deque
 from collections.abc import Callable
 
-from pynbd.block.driver import Release
+from pynbd.block.holding import Release
 
 LOOK_S = 0.05
 """How often it is looked whether a client that gets nothing new has fetched what it was sent."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from nbd_protocol.constants import CommandFlag
 from nbd_protocol.transmission import Request
-from pynbd.block.driver import Release
+from pynbd.block.holding import Release
 from pynbd.block.statistics import Operation
 from pynbd.server.budget import Account
 from pynbd.server.buffers import Buffer

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from pynbd.block.graph import Graph
+from pynbd.block.holding import hold_nothing
 from pynbd.block.node import Node
 
 
@@ -42,6 +43,7 @@ async def test_passes_bytes_and_shape(graph: Graph) -> None:
     assert await top.allocated_size() == await bottom.allocated_size() == 4096
     assert top.driver.has_zero_init()
     assert top.driver.located_for_good()
+    assert top.driver.hold_located() is hold_nothing
     assert top.path.locate(0, 512) == bottom.path.locate(0, 512) != None  # noqa: E711  # a chain of comparisons
 
 

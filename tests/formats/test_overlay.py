@@ -13,6 +13,7 @@ from pynbd.block.driver import Preallocation
 from pynbd.block.errors import OptionError, PermissionConflict
 from pynbd.block.extents import Status
 from pynbd.block.graph import Graph
+from pynbd.block.holding import hold_nothing
 from pynbd.block.node import Node
 from pynbd.block.permissions import Permission
 from pynbd.block.requests import RequestFlag
@@ -463,6 +464,7 @@ async def test_locate(graph: Graph) -> None:
     assert locate(SIZE, 10) is None
     assert locate(SIZE + CLUSTER, 10) is None
     assert not node.driver.located_for_good()
+    assert node.driver.hold_located() is hold_nothing
 
 
 async def test_status_tells_holes_of_the_file_and_where_bytes_lie(graph: Graph) -> None:

@@ -14,6 +14,7 @@ from pynbd.block.backend import BlockBackend
 from pynbd.block.errors import OptionError
 from pynbd.block.extents import merged
 from pynbd.block.graph import Graph
+from pynbd.block.holding import hold_nothing
 from pynbd.block.permissions import Permission
 from pynbd.formats.raw import Raw
 from tests.conftest import DiskMaker
@@ -49,6 +50,7 @@ async def test_a_whole_file_is_not_on_the_path(graph: Graph, make_disk: DiskMake
     below = graph.nodes["below"]
     assert backend.node.path == below.path
     assert backend.node.driver.located_for_good() == below.driver.located_for_good()
+    assert backend.node.driver.hold_located() is hold_nothing
     await closed(graph, backend)
 
 

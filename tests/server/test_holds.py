@@ -267,6 +267,23 @@ async def test_an_image_that_must_be_settled_waits_for_nobody(image: Path) -> No
         await driver.snapshot_delete("first")
 
 
+async def test_a_chain_is_held_as_a_whole(image: Path, content: bytes, tmp_path: Path, sent: list[int]) -> None:
+    top = tmp_path / "top"
+    run(require_tool("qemu-img"), "create", "-q", "-f", "qcow2", "-b", image, "-F", "qcow2", top)
+    async with serving_image(top) as served:
+        backing = served.node().children["backing"].node.driver
+        await served.server.exports[""].backend.read(FIRST, memoryview(bytearray(512)))
+        client = await served.connect()
+        cookie = await client.send(Command.READ, FIRST, MIB)
+        await settled(the_connection(served))
+        assert sent
+        for holder in (given_up(served), cast(Qcow2, backing).image.given_up):
+            assert holder._holds
+        assert bytes((await client.reply(cookie)).data) == content[FIRST : FIRST + MIB]
+        await nothing_held(served)
+        assert not cast(Qcow2, backing).image.given_up._holds
+
+
 async def test_through_tcp_it_is_copied(image: Path, content: bytes, sent: list[int]) -> None:
     """What a peer has acknowledged may lie in its pages still."""
     tree = {"driver": "qcow2", "file": {"driver": "file", "filename": str(image)}}

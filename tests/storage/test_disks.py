@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from pynbd.block.backend import BlockBackend
 from pynbd.block.bitmaps import DirtyBitmap
 from pynbd.block.driver import Preallocation
+from pynbd.block.holding import hold_nothing
 from pynbd.block.permissions import Permission
 from pynbd.block.requests import RequestFlag
 from pynbd.storage.in_place import SLOW_S
@@ -219,6 +220,7 @@ async def test_located_bytes_are_the_disk(kind: str, tmp_path: Path, open_disk: 
         assert last is not None
         assert last.length == 10
         assert backend.node.driver.located_for_good()
+        assert backend.node.driver.hold_located() is hold_nothing
 
 
 @pytest.mark.parametrize("kind", DISKS)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from pynbd.block.driver import Release
 from pynbd.block.errors import ImageError
+from pynbd.block.holding import Release
 from pynbd.formats.qcow2.refcounts import Run
 
 if TYPE_CHECKING:

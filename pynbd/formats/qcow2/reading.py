@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from pynbd.block.child import Child
-from pynbd.block.driver import Driver, Finder, Location, Release, hold_nothing
+from pynbd.block.driver import Driver, Finder, Location
 from pynbd.block.errors import io_error
 from pynbd.block.extents import Extent, Status
+from pynbd.block.holding import Release, hold_all
 from pynbd.block.options import NodeOptions
 from pynbd.formats.qcow2 import compression
 from pynbd.formats.qcow2.header import Header
@@ -69,21 +70,7 @@ class ClusterReader(Driver):
         return None
 
     def hold_located(self) -> Release | None:
-        releases: list[Release] = []
-
-        def release() -> None:
-            for end in releases:
-                end()
-
-        for child in (self.guest_file, self.node.children.get("backing")):
-            held = child.node.driver.hold_located() if child is not None else hold_nothing
-            if held is None:
-                release()
-                return None
-            if held is not hold_nothing:
-                releases.append(held)
-        releases.append(self.image.given_up.hold())
-        return release
+        return hold_all(self.guest_file, self.node.children.get("backing"), own=self.image.given_up.hold())
 
     def finder(self) -> Finder | None:
         file = None if self.encryption is not None else self.guest_file.locate(0, self.guest_file.size)
