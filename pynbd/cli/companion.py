@@ -34,11 +34,11 @@ async def run_command(
     environment = {**os.environ, "uri": str(uri), "nbd": str(uri)}
     if uri.socket_path:
         environment["unixsocket"] = uri.socket_path
-    # A group of its own is ended with all that it has started. On a terminal it must stay in ours to be able to read,
-    # and Ctrl-C reaches it there.
-    group = None if sys.stdin is not None and sys.stdin.isatty() else 0
-    process = await asyncio.create_subprocess_shell(command, env=environment, process_group=group)
-    end = process.send_signal if group is None else functools.partial(os.killpg, process.pid)
+    # A session of its own is a group of its own, which is ended with all that it has started (uvloop can't make the
+    # group alone). On a terminal it must stay in ours to be able to read, and Ctrl-C reaches it there.
+    apart = sys.stdin is None or not sys.stdin.isatty()
+    process = await asyncio.create_subprocess_shell(command, env=environment, start_new_session=apart)
+    end = functools.partial(os.killpg, process.pid) if apart else process.send_signal
     ended = asyncio.ensure_future(process.wait())
     at_end.callback(lambda: None if ended.done() else end(signal.SIGKILL))
     told = asyncio.ensure_future(stop.requested.wait())

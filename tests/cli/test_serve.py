@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pynbd.cli import background
+from tests.benchmarks.servers import UNDER_UVLOOP
 from tests.peers import SYSTEM_PATH, Daemon, require_tool, run
 
 PYNBD = (sys.executable, "-m", "pynbd", "serve")
@@ -350,6 +351,18 @@ def test_a_command_knows_where_to_find_the_disk(place: Path, disk: Path) -> None
 def test_a_command_ends_with_all_that_it_started(disk: Path) -> None:
     """Our output ends only when nobody is left who holds it."""
     with started("--run", "sleep 1000 & echo begun; sleep 1000; echo went on", disk) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == "begun\n"
+        server.send_signal(signal.SIGTERM)
+        assert server.communicate(timeout=PATIENCE_S) == ("", "")
+    assert server.returncode == 128 + signal.SIGTERM
+
+
+def test_a_command_under_uvloop(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("uvloop")
+    monkeypatch.setenv("PYTHONPATH", str(UNDER_UVLOOP), prepend=os.pathsep)
+    assert ended("--run", "exit 3", disk) == (3, "", "")
+    with started("--run", "sleep 1000 & echo begun; sleep 1000", disk) as server:
         assert server.stdout is not None
         assert server.stdout.readline() == "begun\n"
         server.send_signal(signal.SIGTERM)
