@@ -65,9 +65,12 @@ class LateRead(Deferred):
         length = reads.warm.reach(fd, position, length)
         if length < shortest:
             return None
+        release = reads.backend.node.driver.hold_located()
+        if release is None:
+            return None
         file = reads.file_of(fd)
-        release = reads.backend.node.driver.hold_located() if file is not None else None
-        if file is None or release is None:
+        if file is None:
+            release()
             return None
 
         def finish(problem: OSError | None) -> Buffer:
@@ -195,7 +198,7 @@ class LateReads:
         # Of what never moves it is known by now that it is not in memory, or a hole.
         if located is None or (located[2] == request.length and self.export.located_for_good()):
             return None
-        if located[2] < request.length and not in_chunks:
+        if not in_chunks and self.warm.reach(located[0], located[1], located[2]) < request.length:
             return None
         return LateRead(request, self)
 

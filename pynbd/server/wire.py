@@ -372,6 +372,8 @@ class PlainWire:
             self._copy_late_span()
         except OSError as problem:
             self._on_lost(problem)
+        else:
+            self._on_sent()  # more is in memory than before
 
     def _copy_late_span(self) -> None:
         for index, item in enumerate(self._queue):

@@ -20,7 +20,16 @@ from pynbd.server.connection import Connection
 from pynbd.server.holds import Holds
 from pynbd.server.wire import PIECE_BYTES
 from tests.peers import require_tool, run
-from tests.server.clients import LIMIT_S, MODES, Client, Served, serving, the_connection
+from tests.server.clients import (
+    LIMIT_S,
+    MODES,
+    Client,
+    Served,
+    no_descriptors_left,
+    open_descriptors,
+    serving,
+    the_connection,
+)
 
 KIB, MIB = 1 << 10, 1 << 20
 DATA, SIZE = 24 * MIB, 32 * MIB
@@ -254,6 +263,28 @@ async def test_a_file_that_fails(mode: ReplyMode, image: Path, content: bytes, m
                 assert not any(reply.data)
         assert await client.read(FIRST, MIB) == content[FIRST : FIRST + MIB]
         await nothing_held(served)
+
+
+async def test_no_descriptor_is_left(image: Path, content: bytes) -> None:
+    async with serving_image(image) as served:
+        client = await served.connect()
+        with no_descriptors_left():
+            assert await client.read(FIRST, MIB) == content[FIRST : FIRST + MIB]
+            assert not given_up(served)._holds
+
+
+async def test_what_can_not_be_held_is_copied(
+    image: Path, content: bytes, sent: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Qcow2, "hold_located", lambda _: None)
+    async with serving_image(image) as served:
+        client = await served.connect()
+        before = open_descriptors()
+        for number in range(4):
+            start = FIRST + number * MIB
+            assert await client.read(start, MIB) == content[start : start + MIB]
+        assert not sent
+        assert open_descriptors() == before
 
 
 async def test_an_image_that_must_be_settled_waits_for_nobody(image: Path) -> None:
