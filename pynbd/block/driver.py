@@ -30,7 +30,7 @@ import msgspec
 
 from pynbd.block import errors
 from pynbd.block.extents import Extent, Status
-from pynbd.block.holding import Release, hold_nothing
+from pynbd.block.holding import Release, Revoke, hold_nothing
 from pynbd.block.limits import UNLIMITED, Limits
 from pynbd.block.options import NodeOptions, Size
 from pynbd.block.permissions import ChildRole, Permission, default_permissions
@@ -331,11 +331,17 @@ class Driver:
         """Whether what `locate` says stays true as long as the node is open (raw files, not clusters)."""
         return False
 
-    def hold_located(self) -> Release | None:
-        """Keep what `locate` says now true for longer: until the function that is given back is called.
+    def hold_located(self, revoke: Revoke) -> Release | None:
+        """Keep what `locate` says now true for longer.
 
-        For bytes that are sent straight from a file, and are looked at when the client fetches them. None if that can't
-        be. Nothing waits for whoever holds: space that is given up meanwhile is used again later, that is all.
+        For bytes that are sent straight from a file, and are looked at when the client fetches them. Nothing waits for
+        whoever holds: space that is given up meanwhile is used again later, that is all.
+
+        Args:
+            revoke: called when it can't be held any longer, also more than once; nothing is to be sent from there then.
+
+        Returns:
+            what ends it, to be called once; None if that can't be held.
         """
         return hold_nothing if self.located_for_good() else None
 
@@ -535,8 +541,8 @@ class Filter(Driver):
     def located_for_good(self) -> bool:
         return self.passes("locate") and self.file.node.driver.located_for_good()
 
-    def hold_located(self) -> Release | None:
-        return self.file.node.driver.hold_located() if self.passes("locate") else None
+    def hold_located(self, revoke: Revoke) -> Release | None:
+        return self.file.node.driver.hold_located(revoke) if self.passes("locate") else None
 
     def read_queue(self) -> ReadQueue | None:
         return self.file.node.driver.read_queue() if self.passes("locate") else None

@@ -11,15 +11,19 @@ if TYPE_CHECKING:
 Release = Callable[[], None]
 """Ends what `Driver.hold_located` has begun; to be called once."""
 
+Revoke = Callable[[], None]
+"""Tells whoever holds that it is over."""
+
 
 def hold_nothing() -> None:
     """The `Release` of what stays where it is in any case."""
 
 
-def hold_all(*children: Child | None, own: Release = hold_nothing) -> Release | None:
+def hold_all(revoke: Revoke, *children: Child | None, own: Release = hold_nothing) -> Release | None:
     """Hold what several nodes locate, all or none.
 
     Args:
+        revoke: see `Driver.hold_located`.
         children: their edges.
         own: what the node above holds already; it is released if the others can't be held.
 
@@ -30,7 +34,7 @@ def hold_all(*children: Child | None, own: Release = hold_nothing) -> Release | 
     for child in children:
         if child is None:
             continue
-        release = child.node.driver.hold_located()
+        release = child.node.driver.hold_located(revoke)
         if release is None:
             _call_all(releases)
             return None

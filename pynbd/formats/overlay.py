@@ -13,7 +13,7 @@ from pynbd.block.alignment import round_down, round_up
 from pynbd.block.driver import ChildSpec, Driver, ImageInfo, Location, Preallocation
 from pynbd.block.errors import io_error, unsupported
 from pynbd.block.extents import Extent, Status
-from pynbd.block.holding import Release, hold_all
+from pynbd.block.holding import Release, Revoke, hold_all
 from pynbd.block.limits import Limits
 from pynbd.block.options import MAX_SIZE_BYTES, NodeOptions, Size
 from pynbd.block.permissions import ChildRole
@@ -146,9 +146,9 @@ class Overlay(Driver):
         inside = min(stop, backing.size) - offset
         return backing.locate(offset, inside) if inside > 0 else None
 
-    def hold_located(self) -> Release | None:
+    def hold_located(self, revoke: Revoke) -> Release | None:
         # A cluster that is copied up gets a place that was never another one's, and its old one stays as it is.
-        return hold_all(self.file, self.child("backing"))
+        return hold_all(revoke, self.file, self.child("backing"))
 
     async def cache(self, offset: int, length: int) -> None:
         for state, start, stop in self._runs(offset, offset + length):

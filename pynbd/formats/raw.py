@@ -26,7 +26,7 @@ from pynbd.block.driver import (
 )
 from pynbd.block.extents import Extent
 from pynbd.block.families import Measurement
-from pynbd.block.holding import Release
+from pynbd.block.holding import Release, Revoke
 from pynbd.block.options import MAX_SIZE_BYTES, NodeOptions, Size
 from pynbd.block.permissions import ChildRole, Permission
 from pynbd.block.requests import RequestFlag
@@ -161,8 +161,8 @@ class Raw(Driver):
     def located_for_good(self) -> bool:
         return self.file.node.driver.located_for_good()
 
-    def hold_located(self) -> Release | None:
-        return self.file.node.driver.hold_located()
+    def hold_located(self, revoke: Revoke) -> Release | None:
+        return self.file.node.driver.hold_located(revoke)
 
     def read_queue(self) -> ReadQueue | None:
         return self.file.node.driver.read_queue()

@@ -12,7 +12,8 @@ The ways of a request:
     in place    a write that a driver can make without waiting; all those of a batch that must be durable share one
                 flush, with the FLUSHes of the batch (`batches.py`)
     span        a large read of bytes that never move and are in the page cache: sent from there (`span_reads.py`)
-    late        a large read of bytes that may move: looked up piece by piece when they are sent (`late_reads.py`)
+    late        a large read of bytes that may move: looked up piece by piece when it is sent (`late_reads.py`), and
+                kept from moving until the client has it where it is sent from the page cache (`holds.py`)
     parts       a large write, made as its payload arrives (`payload.py`)
     coroutine   everything else; it is started in place and becomes a task only if it has to wait (`coroutines.py`)
 
@@ -270,7 +271,8 @@ class Connection:
         if not self._leaving or self._closed or self._in_batch:
             return
         if self._outstanding.requests or (
-            not self._lost and (self._waiting or self._out or self.wire.queued or self._more_in_tail)
+            not self._lost
+            and (self._waiting or self._out or self.wire.queued or self._more_in_tail or self.wire.holding)
         ):
             return
         self._closed = True

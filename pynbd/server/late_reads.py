@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from nbd_protocol.constants import CommandFlag
 from nbd_protocol.transmission import Request
-from pynbd.block.holding import Release
+from pynbd.block.holding import Release, Revoke
 from pynbd.block.statistics import Operation
 from pynbd.server.budget import Account
 from pynbd.server.buffers import Buffer
@@ -48,8 +48,11 @@ class LateRead(Deferred):
     def __len__(self) -> int:
         return self._request.length - self._sent
 
-    def begin_span(self) -> tuple[bytes, Release] | None:
+    def begin_span(self, revoke: Revoke) -> tuple[bytes, Release] | None:
         """Send what comes next from its file: it is the `span` then.
+
+        Args:
+            revoke: see `Driver.hold_located`.
 
         Returns:
             what precedes it in the reply, and what is to be called when the client has it. None if the bytes can't be
@@ -65,7 +68,7 @@ class LateRead(Deferred):
         length = reads.warm.reach(fd, position, length)
         if length < shortest:
             return None
-        release = reads.backend.node.driver.hold_located()
+        release = reads.backend.node.driver.hold_located(revoke)
         if release is None:
             return None
         file = reads.file_of(fd)

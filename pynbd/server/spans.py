@@ -92,7 +92,8 @@ class FileSpan(Deferred):
         file: the open file; the span is one of its spans until it is released.
         offset: where in it, in bytes.
         length: how many bytes; exactly so many are sent, zeroes if the file fails.
-        finish: called when they have left, with the error if there was one; gives the end of the reply.
+        finish: called when they have left, or are copied, with the error if there was one; gives the end of the reply.
+            Raises OSError where the reply can't tell the error: the connection has to end.
     """
 
     __slots__ = ("file", "finish", "length", "offset")

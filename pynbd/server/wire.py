@@ -56,6 +56,10 @@ class Wire(Protocol):
     def queued(self) -> bool:
         """Whether anything waits to be sent."""
 
+    @property
+    def holding(self) -> bool:
+        """Whether the peer has not fetched yet what must stay in its place for it."""
+
     def receive_into(self, into: memoryview) -> int:
         """Receive what is there: its length, 0 at the end, -1 if nothing is there now.
 
@@ -136,7 +140,7 @@ class PlainWire:
         self._passing = passing
         # On one machine, bytes that TCP has acknowledged may lie in their pages still.
         self._is_unix = self.holds_spans = isinstance(sock, socket.socket) and sock.family == socket.AF_UNIX
-        self._holds = Holds(loop, self._fetched, self._copy_span)
+        self._holds = Holds(loop, self._fetched, self._copy_span, on_sent)
         self._may_be_behind_at = 0
         """Before so many bytes have gone, nobody need ask again whether the client is behind."""
         self._reading = False
@@ -243,6 +247,10 @@ class PlainWire:
         """Whether anything waits to be sent."""
         return bool(self._queue)
 
+    @property
+    def holding(self) -> bool:
+        return self._holds.any_left()
+
     def _on_writable(self) -> None:
         try:
             self._drain()
@@ -298,7 +306,7 @@ class PlainWire:
     def _send_late(self, read: LateRead) -> bool:
         if read.span is not None:
             return self._send_span(read.span)
-        if self.holds_spans and (begun := read.begin_span()) is not None:
+        if self.holds_spans and (begun := read.begin_span(self._holds.revoke)) is not None:
             header, release = begun
             self._holds.begin(release)
             self._queue.appendleft(header)
@@ -367,11 +375,14 @@ class PlainWire:
                 self.unsent += len(part)
 
     def _copy_span(self) -> None:
-        """Keep what is left of a late read's span in memory: it may not stay any longer where it lies."""
+        """Keep what is left of a late read's span in memory: it may not stay any longer where it lies.
+
+        Seldom needed; it waits for the disk where the kernel has dropped what was in memory when that was asked.
+        """
         try:
             self._copy_late_span()
-        except OSError as problem:
-            self._on_lost(problem)
+        except (OSError, MemoryError) as problem:
+            self._on_lost(problem if isinstance(problem, OSError) else OSError(errno.ENOMEM, str(problem)))
         else:
             self._on_sent()  # more is in memory than before
 

@@ -5,7 +5,7 @@ from typing import Any, cast
 import pytest
 
 from pynbd.block.child import Child
-from pynbd.block.holding import Release, hold_all, hold_nothing
+from pynbd.block.holding import Release, Revoke, hold_all, hold_nothing
 
 
 class Holder:
@@ -16,7 +16,7 @@ class Holder:
         self.can = can
         self.holds = 0
 
-    def hold_located(self) -> Release | None:
+    def hold_located(self, revoke: Revoke) -> Release | None:
         if not self.can:
             return None
         self.holds += 1
@@ -35,9 +35,9 @@ def edge(holder: Any) -> Child:
 def test_all_are_held(count: int, itself: bool) -> None:
     holders = [Holder(can=True) for _ in range(count)]
     above = Holder(can=True)
-    own = above.hold_located() if itself else hold_nothing
+    own = above.hold_located(hold_nothing) if itself else hold_nothing
     assert own is not None
-    release = hold_all(*(edge(holder) for holder in holders), None, own=own)
+    release = hold_all(hold_nothing, *(edge(holder) for holder in holders), None, own=own)
     assert release is not None
     assert (release is hold_nothing) == (not count and not itself)
     assert [holder.holds for holder in holders] == [1] * count
@@ -48,7 +48,7 @@ def test_all_are_held(count: int, itself: bool) -> None:
 def test_or_none() -> None:
     holders = [Holder(can=True), Holder(can=False), Holder(can=True)]
     above = Holder(can=True)
-    own = above.hold_located()
+    own = above.hold_located(hold_nothing)
     assert own is not None
-    assert hold_all(*(edge(holder) for holder in holders), own=own) is None
+    assert hold_all(hold_nothing, *(edge(holder) for holder in holders), own=own) is None
     assert not any(holder.holds for holder in [*holders, above])

@@ -122,7 +122,7 @@ async def test_what_does_not_wait_is_left_out_of_the_path(graph: Graph) -> None:
     reader = await delayed(graph, read="1ms")
     assert reader.path.locate(0, 512) is None
     assert not reader.driver.located_for_good()
-    assert reader.driver.hold_located() is None
+    assert reader.driver.hold_located(lambda: None) is None
 
 
 async def test_zeroes_that_must_be_quick(graph: Graph, waits: list[float]) -> None:

@@ -43,7 +43,7 @@ async def test_passes_bytes_and_shape(graph: Graph) -> None:
     assert await top.allocated_size() == await bottom.allocated_size() == 4096
     assert top.driver.has_zero_init()
     assert top.driver.located_for_good()
-    assert top.driver.hold_located() is hold_nothing
+    assert top.driver.hold_located(hold_nothing) is hold_nothing
     assert top.path.locate(0, 512) == bottom.path.locate(0, 512) != None  # noqa: E711  # a chain of comparisons
 
 

@@ -464,7 +464,7 @@ async def test_locate(graph: Graph) -> None:
     assert locate(SIZE, 10) is None
     assert locate(SIZE + CLUSTER, 10) is None
     assert not node.driver.located_for_good()
-    assert node.driver.hold_located() is hold_nothing
+    assert node.driver.hold_located(hold_nothing) is hold_nothing
 
 
 async def test_status_tells_holes_of_the_file_and_where_bytes_lie(graph: Graph) -> None:

@@ -50,7 +50,7 @@ async def test_a_whole_file_is_not_on_the_path(graph: Graph, make_disk: DiskMake
     below = graph.nodes["below"]
     assert backend.node.path == below.path
     assert backend.node.driver.located_for_good() == below.driver.located_for_good()
-    assert backend.node.driver.hold_located() is hold_nothing
+    assert backend.node.driver.hold_located(hold_nothing) is hold_nothing
     await closed(graph, backend)
 
 

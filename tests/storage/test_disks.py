@@ -220,7 +220,7 @@ async def test_located_bytes_are_the_disk(kind: str, tmp_path: Path, open_disk: 
         assert last is not None
         assert last.length == 10
         assert backend.node.driver.located_for_good()
-        assert backend.node.driver.hold_located() is hold_nothing
+        assert backend.node.driver.hold_located(hold_nothing) is hold_nothing
 
 
 @pytest.mark.parametrize("kind", DISKS)

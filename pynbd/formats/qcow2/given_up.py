@@ -7,11 +7,15 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from pynbd.block.errors import ImageError
-from pynbd.block.holding import Release
+from pynbd.block.holding import Release, Revoke
 from pynbd.formats.qcow2.refcounts import Run
 
 if TYPE_CHECKING:
     from pynbd.formats.qcow2.image import Image
+
+MOST_HELD_BYTES = 256 << 20
+"""Who holds places in the file does not keep more than this from being used again: a client that never fetches what it
+has asked for must not make the file grow without bound."""
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +60,7 @@ class GivenUp:
         self._waiting: list[tuple[int, list[Gone]]] = []
         self._epoch = 0
         self._readers: dict[int, int] = {}
-        self._holds: set[tuple[int, int]] = set()
+        self._holds: dict[int, tuple[int, Revoke]] = {}
         self._hold_numbers = itertools.count()
 
     def __bool__(self) -> bool:
@@ -101,27 +105,32 @@ class GivenUp:
         else:
             del self._readers[epoch]
 
-    def hold(self) -> Release:
-        """As `begin_read`, for somebody who can't be waited for (see `Driver.hold_located`).
+    def hold(self, revoke: Revoke) -> Release:
+        """As `begin_read`, for somebody who can't be waited for.
 
-        Returns:
-            what ends it, unless `end_holds` has.
+        Args:
+            revoke: see `Driver.hold_located`; it is called by `end_holds`.
         """
-        hold = self.begin_read(), next(self._hold_numbers)
-        self._holds.add(hold)
+        epoch, number = self.begin_read(), next(self._hold_numbers)
+        self._holds[number] = epoch, revoke
 
         def release() -> None:
-            if hold in self._holds:
-                self._holds.remove(hold)
-                self.end_read(hold[0])
+            if self._holds.pop(number, None) is not None:
+                self.end_read(epoch)
 
         return release
 
     def end_holds(self) -> None:
         """All of `hold` are over: what was given up has to go now."""
-        for epoch, _ in self._holds:
+        holds, self._holds = self._holds, {}
+        for epoch, revoke in holds.values():
             self.end_read(epoch)
-        self._holds.clear()
+            revoke()
+
+    def _waiting_bytes(self) -> int:
+        """How much waits for those who read."""
+        clusters = sum(gone.run.clusters for _, waiting in self._waiting for gone in waiting)
+        return clusters << self.image.cluster_bits
 
     def _next_is_free(self) -> bool:
         """Whether nobody reads any more where something was that waits for it."""
@@ -148,6 +157,8 @@ class GivenUp:
                 raise
             self._waiting.append((self._epoch, list(taken)))
             self._epoch += 1
+        if self._holds and self._waiting_bytes() > MOST_HELD_BYTES:
+            self.end_holds()
         while self._next_is_free():
             _, free = self._waiting.pop(0)
             for gone in free:

@@ -242,7 +242,10 @@ class Image(LoadedTables):
         await self.barrier()
 
     async def commit_all(self) -> None:
-        """Write everything, also what the writing itself changes; nobody else is at work, and nothing is held."""
+        """Write everything, also what the writing itself changes; nobody else is at work.
+
+        Whoever holds places in the file loses them.
+        """
         self.given_up.end_holds()
         while not self.is_clean:
             await self.commit()

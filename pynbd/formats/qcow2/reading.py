@@ -9,7 +9,7 @@ from pynbd.block.child import Child
 from pynbd.block.driver import Driver, Finder, Location
 from pynbd.block.errors import io_error
 from pynbd.block.extents import Extent, Status
-from pynbd.block.holding import Release, hold_all
+from pynbd.block.holding import Release, Revoke, hold_all
 from pynbd.block.options import NodeOptions
 from pynbd.formats.qcow2 import compression
 from pynbd.formats.qcow2.header import Header
@@ -69,8 +69,9 @@ class ClusterReader(Driver):
             return backing.locate(offset, inside) if inside > 0 else None
         return None
 
-    def hold_located(self) -> Release | None:
-        return hold_all(self.guest_file, self.node.children.get("backing"), own=self.image.given_up.hold())
+    def hold_located(self, revoke: Revoke) -> Release | None:
+        own = self.image.given_up.hold(revoke)
+        return hold_all(revoke, self.guest_file, self.node.children.get("backing"), own=own)
 
     def finder(self) -> Finder | None:
         file = None if self.encryption is not None else self.guest_file.locate(0, self.guest_file.size)
