@@ -14,7 +14,7 @@ from pynbd.block.backend import BlockBackend
 from pynbd.block.driver import Location
 from pynbd.block.extents import ChainExtent
 from pynbd.block.requests import RequestFlag
-from pynbd.cli.pump import STROKE_BYTES, Pump
+from pynbd.cli.pump import Pump
 from pynbd.cli.zero_runs import BLOCK_BYTES, runs
 
 STATUS_BYTES = 1 << 30
@@ -25,6 +25,9 @@ ZERO_BYTES = 256 << 20
 
 PUMPED_BYTES = 8 << 20
 """What is pumped from file to file as one piece: no buffer has to hold it."""
+
+UNPUMPED_BYTES = 64 << 10
+"""What is dealt with here where pumping has ended."""
 
 SECTOR_BYTES = 512
 """What a source that can't be read as a whole is read by."""
@@ -218,8 +221,8 @@ class Copier:
                 if done == length:
                     located = self._locate(offset, end - offset)
                     continue
-            buffer = buffer or aligned_buffer(STROKE_BYTES, mmap.PAGESIZE)
-            part = buffer[: min(STROKE_BYTES, end - offset)]
+            buffer = buffer or aligned_buffer(UNPUMPED_BYTES, mmap.PAGESIZE)
+            part = buffer[: min(UNPUMPED_BYTES, end - offset)]
             await self._read(offset, part)
             await self._write(offset, part)
             offset += len(part)

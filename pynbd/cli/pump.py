@@ -65,9 +65,10 @@ class Pump:
                     break
             except OSError:
                 break
-            if not self._put(part, fd, host_offset + done, fresh):
+            put = self._put(part, fd, host_offset + done, fresh)
+            done += put
+            if put < len(part):
                 break
-            done += len(part)
         return done
 
     def _buffer(self) -> memoryview:
@@ -76,20 +77,22 @@ class Pump:
             buffer = _thread.buffer = aligned_buffer(self._stroke_bytes, mmap.PAGESIZE)
         return buffer[: self._stroke_bytes]
 
-    def _put(self, part: memoryview, fd: int, offset: int, fresh: bool) -> bool:
-        """Write what was read; False if nothing was written, because of the zeroes in it."""
-        pieces = [(0, len(part))]
+    def _put(self, part: memoryview, fd: int, offset: int, fresh: bool) -> int:
+        """Write what was read, up to zeroes that others must deal with: how many bytes of it."""
+        end = len(part)
+        pieces = [(0, end)]
         if self._block_bytes and 0 in bytes(part[:: self._block_bytes]):
             found = list(runs(part, self._block_bytes))
-            if not all(self._may_leave(start, length) for start, length, zero in found if zero):
-                return False
+            others = (start for start, length, zero in found if zero and not self._may_leave(start, length))
+            end = next(others, end)
+            pieces = [(0, end)]
             if fresh or not self._cluster_bytes:
-                pieces = [(start, length) for start, length, zero in found if not zero]
+                pieces = [(start, length) for start, length, zero in found if start < end and not zero]
         for start, length in pieces:
             written = 0
             while written < length:
                 written += os.pwritev(fd, (part[start + written : start + length],), offset + start + written)
-        return True
+        return end
 
     def _may_leave(self, start: int, length: int) -> bool:
         """Whether zeroes may be left out, or be written as they are."""
