@@ -15,7 +15,7 @@ from pynbd.block.holding import Release, Revoke
 from pynbd.block.statistics import Operation
 from pynbd.server.budget import Account
 from pynbd.server.buffers import Buffer
-from pynbd.server.spans import Deferred, FileSpan, SpanFile, is_whole
+from pynbd.server.spans import Deferred, FileSpan, SpanFile, is_whole, span_file
 from pynbd.server.warm_regions import WarmRegions
 
 if TYPE_CHECKING:
@@ -208,9 +208,7 @@ class LateReads:
     def file_of(self, fd: int) -> SpanFile | None:
         """The file that spans are sent from; None if there are no descriptors left."""
         try:
-            status = os.fstat(fd)
-            if self._file is None or not self._file.serves(status):
-                self._file = SpanFile(fd, status)
+            self._file = span_file(self._file, fd, os.fstat(fd))
         except OSError:
             return None
         return self._file

@@ -8,7 +8,7 @@ from nbd_protocol.transmission import Request
 from pynbd.block.statistics import Operation
 from pynbd.server.buffers import Buffer
 from pynbd.server.execution import Execution
-from pynbd.server.spans import FileSpan, SpanFile, has_hole
+from pynbd.server.spans import FileSpan, SpanFile, has_hole, span_file
 from pynbd.server.warm_regions import WarmRegions
 from pynbd.server.wire import Item
 from pynbd.storage import linux
@@ -47,7 +47,6 @@ class SpanReads:
             return None
         if request.flags & CommandFlag.DF:
             return None
-        file = self._file
         try:
             # Files in memory (whose reads need no flag against waiting) are there always, also their holes.
             in_memory = not located[3]
@@ -57,8 +56,7 @@ class SpanReads:
             status = os.fstat(located[0])
             if not is_warm and has_hole(located[0], located[1], length, status, in_memory=in_memory):
                 return None
-            if file is None or not file.serves(status):
-                file = self._file = SpanFile(located[0], status)
+            file = self._file = span_file(self._file, located[0], status)
         except OSError as problem:
             self._warn(f"can't send from the page cache, so it is copied: {problem}")
             return None

@@ -41,6 +41,15 @@ class SpanFile:
             os.close(self.fd)
 
 
+def span_file(last: SpanFile | None, fd: int, status: os.stat_result) -> SpanFile:
+    """The file that the next span is sent from: that of the last ones, if it is the same and open still.
+
+    Raises:
+        OSError: there are no more descriptors.
+    """
+    return last if last is not None and last.serves(status) else SpanFile(fd, status)
+
+
 def has_hole(fd: int, offset: int, length: int, status: os.stat_result, *, in_memory: bool) -> bool:
     """Whether part of a range was never written, or was given back: clients are told, and not sent zeroes.
 

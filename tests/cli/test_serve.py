@@ -348,8 +348,8 @@ def test_a_command_knows_where_to_find_the_disk(place: Path, disk: Path) -> None
     assert ended("-x", "a b", "-k", "s", "--run", said, disk) == (0, f"{uri}\n{uri}\n{place}/s\n", "")
 
 
-def test_a_command_ends_with_all_that_it_started(disk: Path) -> None:
-    """Our output ends only when nobody is left who holds it."""
+def ends_with_all_that_it_started(disk: Path) -> None:
+    """What a command does when the server is told to end: our output ends only when nobody is left who holds it."""
     with started("--run", "sleep 1000 & echo begun; sleep 1000; echo went on", disk) as server:
         assert server.stdout is not None
         assert server.stdout.readline() == "begun\n"
@@ -358,16 +358,15 @@ def test_a_command_ends_with_all_that_it_started(disk: Path) -> None:
     assert server.returncode == 128 + signal.SIGTERM
 
 
+def test_a_command_ends_with_all_that_it_started(disk: Path) -> None:
+    ends_with_all_that_it_started(disk)
+
+
 def test_a_command_under_uvloop(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("uvloop")
     monkeypatch.setenv("PYTHONPATH", str(UNDER_UVLOOP), prepend=os.pathsep)
     assert ended("--run", "exit 3", disk) == (3, "", "")
-    with started("--run", "sleep 1000 & echo begun; sleep 1000", disk) as server:
-        assert server.stdout is not None
-        assert server.stdout.readline() == "begun\n"
-        server.send_signal(signal.SIGTERM)
-        assert server.communicate(timeout=PATIENCE_S) == ("", "")
-    assert server.returncode == 128 + signal.SIGTERM
+    ends_with_all_that_it_started(disk)
 
 
 # --- signals --------------------------------------------------------------------------------------------------
