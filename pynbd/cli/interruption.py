@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pynbd.cli.copier import Copier
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""What ends a program."""
+
 
 class Interruption:
     """What the signals that end a program do here: the first lets requests in flight end, the second is at once."""
@@ -21,14 +24,22 @@ class Interruption:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM while the block runs."""
+        """Take SIGINT and SIGTERM while the block runs.
+
+        asyncio learns of a signal from a byte in a socket, and that may be full of others' (SIGUSR1 asks how far a copy
+        is, and may be sent by a loop). So the byte only wakes it up here, and what a signal does is told it besides.
+        """
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._interrupt)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        for number in SIGNALS:
+            loop.add_signal_handler(number, _woken)
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(self._interrupt))
+        signal.set_wakeup_fd(signal.set_wakeup_fd(-1), warn_on_full_buffer=False)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
             yield
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in SIGNALS:
                 loop.remove_signal_handler(number)
 
     @contextlib.contextmanager
@@ -45,3 +56,7 @@ class Interruption:
             self._copier.stop()
         elif self._task is not None:
             self._task.cancel()
+
+
+def _woken() -> None:
+    """A signal has woken the loop up."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import random
@@ -149,22 +150,34 @@ def test_from_and_to_a_server(disk: Path, make_disk: DiskMaker) -> None:
     assert target.read_bytes() == disk.read_bytes()
 
 
-def a_quarter_done(disk: Path) -> subprocess.Popen[bytes]:
-    """A copy to `new.raw` that says how far it is, on its way; it is as slow as it is told to be."""
-    command = [*PYNBD, "img", "convert", "-p", "-m", "1", "-r", "2M", str(disk), "new.raw"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None
-    said = b""
-    while b"(25." not in said:
-        said += process.stdout.read(1)
-    return process
+@contextlib.contextmanager
+def copying(disk: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A copy to `new.raw` on its way; it is as slow as it is told to be."""
+    command = [*PYNBD, "img", "convert", *options, "-m", "1", "-r", "2M", str(disk), "new.raw"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@contextlib.contextmanager
+def a_quarter_done(disk: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The same, once it has said that it is so far."""
+    with copying(disk, "-p") as process:
+        assert process.stdout is not None
+        said = b""
+        while b"(25." not in said:
+            assert process.poll() is None, said
+            said += process.stdout.read(1)
+        yield process
 
 
 def test_a_signal_leaves_nothing_behind(random_disk: Path) -> None:
     """It is ended on its way."""
-    process = a_quarter_done(random_disk)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=peers.COMMAND_LIMIT_S)
+    with a_quarter_done(random_disk) as process:
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=peers.COMMAND_LIMIT_S)
     assert (process.returncode, b"interrupted" in err) == (1, True), err
     assert not Path("new.raw").exists()
 
@@ -172,29 +185,28 @@ def test_a_signal_leaves_nothing_behind(random_disk: Path) -> None:
 @pytest.mark.parametrize("quiet", [(), ("-q",), ("-p", "-q")])
 def test_who_asks_by_a_signal_is_told(quiet: tuple[str, ...], random_disk: Path) -> None:
     """SIGUSR1 has how far the copy is told on stderr, where `-p` does not show it."""
-    command = [*PYNBD, "img", "convert", *quiet, "-m", "1", "-r", "2M", str(random_disk), "new.raw"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
-    assert process.stderr is not None
-    while not Path("new.raw").exists():  # the signal is known long before
-        assert process.poll() is None
-    told = 0.0
-    while not told:
-        process.send_signal(signal.SIGUSR1)
-        line = process.stderr.readline()
-        match = re.fullmatch(rb" {4}\((\d+\.\d\d)/100%\)\n", line)
-        assert match, line
-        told = float(match[1])
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=peers.COMMAND_LIMIT_S)
+    with copying(random_disk, *quiet) as process:
+        assert process.stderr is not None
+        while not Path("new.raw").exists():  # the signal is known long before
+            assert process.poll() is None
+        told = 0.0
+        while not told:
+            process.send_signal(signal.SIGUSR1)
+            line = process.stderr.readline()
+            match = re.fullmatch(rb" {4}\((\d+\.\d\d)/100%\)\n", line)
+            assert match, line
+            told = float(match[1])
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=peers.COMMAND_LIMIT_S)
     assert (process.returncode, out) == (1, b""), (out, err)
     assert b"interrupted" in err
 
 
 def test_the_same_signal_where_numbers_are_shown(random_disk: Path) -> None:
     """It changes nothing."""
-    process = a_quarter_done(random_disk)
-    process.send_signal(signal.SIGUSR1)
-    out, err = process.communicate(timeout=peers.COMMAND_LIMIT_S)
+    with a_quarter_done(random_disk) as process:
+        process.send_signal(signal.SIGUSR1)
+        out, err = process.communicate(timeout=peers.COMMAND_LIMIT_S)
     assert (process.returncode, err) == (0, b"")
     assert out.endswith(b"(100.00/100%)\r\n")
 
