@@ -132,6 +132,8 @@ class Graph:
         storage = self.storage_tree(name, trusted=trusted)
         if registry.is_python_file(storage["driver"]) and not format:
             return storage
+        if format and "file" not in registry.driver_class(format, trusted=trusted).children:
+            return {**storage, "driver": format}  # storage itself, whose bytes are the disk as they are
         return {"driver": format, "file": storage} if format else {"file": storage}
 
     def storage_tree(self, name: str, *, trusted: bool = True) -> dict[str, Any]:

@@ -45,6 +45,7 @@ def test_names(name: str, storage: dict[str, Any]) -> None:
     assert graph.describe(name) == {"file": storage}
     assert graph.describe(name, format="raw") == {"driver": "raw", "file": storage}
     assert graph.describe({"filename": name, "read-only": True}) == {"file": storage, "read-only": True}
+    assert graph.describe(name, format=storage["driver"]) == storage
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,9 @@ CACHE_MODES: Mapping[str, CacheMode] = {
 
 INTEGER = re.compile(r"[ \t\n\v\f\r]*(?P<sign>[+-]?)(?:0[xX](?P<hex>[0-9a-fA-F]{1,16})|(?P<digits>[0-9]{1,20}))")
 
+NAMES_WITH_NO = ("nocow",)
+"""Options whose own names begin with what turns a switch off."""
+
 PREALLOCATION_MODES = ("off", "metadata", "falloc", "full")
 
 
@@ -156,7 +159,9 @@ def asks_for_help(texts: Iterable[str]) -> bool:
 
 
 def parse_creation_options(texts: Iterable[str]) -> dict[str, Any]:
-    """The tree of some `-o` options: the last of a name counts, and a name alone is a switch turned on.
+    """The tree of some `-o` options: the last of a name counts.
+
+    A name alone is a switch turned on, and one with `no` before it a switch turned off.
 
     Raises:
         OptionError: they can't be understood.
@@ -170,5 +175,8 @@ def parse_creation_options(texts: Iterable[str]) -> dict[str, Any]:
             raise OptionError(f"-o: {text[:80]!r} ends with a comma, and no option follows")
         for part in split_commas(text):
             key, equals, value = part.partition("=")
-            found[key] = value if equals else "on"
+            if not equals:
+                off = key.startswith("no") and key not in NAMES_WITH_NO
+                key, value = (key[2:], "off") if off else (key, "on")
+            found[key] = value
     return parse_dotted(",".join(f"{key}={value.replace(',', ',,')}" for key, value in found.items()))

@@ -28,6 +28,8 @@ def test_raw(output: tuple[str, ...], disk: Path, odd: Path) -> None:
     [
         ("-f", "raw", "disk.raw"),
         ("disk.raw", "-f", "raw"),
+        ("-f", "file", "disk.raw"),
+        ("-f", "nbd", "disk.raw"),
         ("-U", "disk.raw"),
         ("-Uf", "raw", "disk.raw"),
         ("--format=raw", "--force-share", "disk.raw"),
