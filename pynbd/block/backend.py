@@ -19,6 +19,7 @@ from pynbd.block.errors import io_error
 from pynbd.block.extents import ChainExtent, Status
 from pynbd.block.node import Node
 from pynbd.block.permissions import ChildRole, Permission
+from pynbd.block.ranges import Ranges, end_of
 from pynbd.block.requests import RequestFlag
 from pynbd.block.statistics import Operation, Statistics
 
@@ -439,28 +440,28 @@ class BlockBackend:
 
         await self._run(Operation.WRITE, offset, len(data), start, writes=True)
 
-    async def write_by(self, offset: int, length: int, writer: HostWriter) -> int:
+    async def write_by(self, ranges: Ranges, writer: HostWriter) -> int:
         """Let somebody else put bytes where they are to lie in an open file, as far as that is possible.
 
         Args:
-            offset, length: the range, in bytes.
+            ranges: where.
             writer: see `HostWriter`. It may be one of many threads', and must not touch the graph.
 
         Returns:
-            how many bytes from `offset` on are written now; `write` is for the others.
+            how many bytes of the ranges, from the first one on, are dealt with now; `write` is for the others.
 
         Raises:
             OSError: what the file said. Any part may have been written then.
         """
         edge = self.root
-        if not (self._ready and self.write_cache) or edge is None or not edge.may_write:
+        if not (self._ready and self.write_cache) or edge is None or not edge.may_write or not ranges:
             return 0
-        if offset < 0 or offset + length > edge.node.driver.size:
+        if ranges[0][0] < 0 or end_of(ranges) > edge.node.driver.size:
             return 0  # `write` tells what is wrong
         started = perf_counter_ns()
         self.in_flight += 1
         try:
-            done = await edge.write_by(offset, length, writer)
+            done = await edge.write_by(ranges, writer)
         except Exception as problem:
             if self._failed(problem, Operation.WRITE) is ErrorPolicy.REPORT:
                 raise

@@ -4,6 +4,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple
 
 from pynbd.block.driver import Filler, Finder, HostWriter, Location, WritePlace
+from pynbd.block.ranges import Ranges
 
 
 class DataPath(NamedTuple):
@@ -23,7 +24,7 @@ class DataPath(NamedTuple):
     write_now: Callable[[int, memoryview], bool]
     place_writes: Callable[[], WritePlace | None]
     fill_now: Callable[[int, int, Filler], int | None]
-    write_by: Callable[[int, int, HostWriter], Coroutine[Any, Any, int]]
+    write_by: Callable[[Ranges, HostWriter], Coroutine[Any, Any, int]]
 
 
 def nowhere(offset: int, length: int) -> Location | None:
@@ -51,6 +52,6 @@ def never(offset: int, length: int, filler: Filler) -> int | None:
     return None
 
 
-async def by_nobody(offset: int, length: int, writer: HostWriter) -> int:
+async def by_nobody(ranges: Ranges, writer: HostWriter) -> int:
     """`write_by` of a node that must see each write."""
     return 0

@@ -34,6 +34,7 @@ from pynbd.block.holding import Release, Revoke, hold_nothing
 from pynbd.block.limits import UNLIMITED, Limits
 from pynbd.block.options import NodeOptions, Size
 from pynbd.block.permissions import ChildRole, Permission, default_permissions
+from pynbd.block.ranges import Ranges
 
 if TYPE_CHECKING:
     from pynbd.block.backend import BlockBackend
@@ -63,11 +64,38 @@ class Location(NamedTuple):
 Filler = Callable[[memoryview], int]
 """Has the kernel put bytes into memory, from its start on, and says how many: none if 0 or less."""
 
-HostWriter = Callable[[int, int, int, bool], int]
-"""Puts bytes into an open file, in a thread: `(fd, host_offset, length, fresh)`; `fresh` says that the place reads as
-zeroes. Gives how many bytes it has put there, from the first one on; behind them it has written nothing. What the
-file says against it, it raises.
-"""
+
+class Room(NamedTuple):
+    """Where a `HostWriter` puts bytes.
+
+    Args:
+        fd: into which open file.
+        places: (offset, length) in it. Bytes go to the first one until it is full, then to the next one.
+        fresh: whether they read as zeroes.
+        unit: ranges of so many bytes, or multiples of it, may be left out: those behind them move up. 0: every byte has
+            its own place.
+    """
+
+    fd: int
+    places: Ranges
+    fresh: bool
+    unit: int = 0
+
+
+class Copied(NamedTuple):
+    """What a `HostWriter` has done.
+
+    Args:
+        bytes: so many bytes of the ranges are dealt with, from the first one on; of the others it has put none there.
+        left_out: which of them it has left out: (how many come before them, how many they are), from the first ones on.
+    """
+
+    bytes: int
+    left_out: Ranges = ()
+
+
+HostWriter = Callable[[Room], Copied]
+"""Puts bytes into an open file, in a thread. What the file says against it, it raises."""
 
 
 class Preallocation(Enum):
@@ -392,18 +420,19 @@ class Driver:
         """
         return None
 
-    async def write_by(self, offset: int, length: int, writer: HostWriter) -> int:
+    async def write_by(self, ranges: Ranges, writer: HostWriter) -> int:
         """Let somebody else put bytes where they are to lie in an open file, or say no: then `write` is called.
 
         For those who have much to write and a way to get it there without the event loop. All of it may be declined,
         and any part at the end; what is written is so when this returns.
 
         Args:
-            offset, length: the range, in bytes.
+            ranges: where, at least one.
             writer: called at most once; see `HostWriter`.
 
         Returns:
-            how many bytes from `offset` on are written now. The others are as they were.
+            how many bytes of the ranges, from the first one on, are dealt with now. The others are as they were, and
+            so are those that `writer` has left out.
 
         Raises:
             OSError: what `writer` raised; any part may have been written.

@@ -14,6 +14,7 @@ from pynbd.block.data_path import DataPath
 from pynbd.block.driver import Driver, Filler, HostWriter, WritePlace
 from pynbd.block.errors import io_error
 from pynbd.block.options import NodeOptions
+from pynbd.block.ranges import Ranges, end_of, first_bytes, total_bytes
 from pynbd.block.requests import RequestFlag, RequestTracker
 
 if TYPE_CHECKING:
@@ -193,15 +194,16 @@ class NodeRequests(abc.ABC):
                 self._written(offset, done)
         return done
 
-    async def _write_by(self, offset: int, length: int, writer: HostWriter) -> int:
+    async def _write_by(self, ranges: Ranges, writer: HostWriter) -> int:
         """The same for a write whose bytes somebody else puts into the file."""
-        if self.read_only or (offset + length > self.driver.size and not self.growable):
+        if self.read_only or (end_of(ranges) > self.driver.size and not self.growable):
             return 0
-        done = length
+        done = total_bytes(ranges)
         try:
-            done = await self.driver.write_by(offset, length, writer)
+            done = await self.driver.write_by(ranges, writer)
         finally:
-            self._written(offset, done)
+            for offset, length in first_bytes(ranges, done):
+                self._written(offset, length)
         return done
 
     async def _write(self, offset: int, data: memoryview, flags: int) -> None:

@@ -11,8 +11,9 @@ from typing import NamedTuple, Protocol
 
 from pynbd.block.alignment import aligned_buffer, pieces, round_down, round_up
 from pynbd.block.backend import BlockBackend
-from pynbd.block.driver import Location
+from pynbd.block.driver import Copied, Location, Room
 from pynbd.block.extents import ChainExtent
+from pynbd.block.ranges import Ranges, first_bytes, other_bytes, total_bytes
 from pynbd.block.requests import RequestFlag
 from pynbd.cli.pump import Pump
 from pynbd.cli.zero_runs import BLOCK_BYTES, runs
@@ -23,11 +24,20 @@ STATUS_BYTES = 1 << 30
 ZERO_BYTES = 256 << 20
 """Zeroes of one request: a server that has to write them should not be busy for many seconds."""
 
-PUMPED_BYTES = 8 << 20
-"""What is pumped from file to file as one piece: no buffer has to hold it."""
+PUMPED_BYTES = 16 << 20
+"""What is pumped from file to file at once, in one piece or several: no buffer has to hold it."""
+
+PUMPED_PIECES = 64
+"""So many pieces are pumped at once, with the holes between them; each time that pumping ends, those that are left are
+looked at again.
+"""
+
+PUMPED_LOCATIONS = 1024
+"""In so many places what is pumped at once may lie."""
 
 UNPUMPED_BYTES = 64 << 10
-"""What is dealt with here where pumping has ended."""
+"""What is dealt with here where pumping has ended. Where the target does not want it at all, it is twice as much each
+time, up to what is asked for at once elsewhere."""
 
 SECTOR_BYTES = 512
 """What a source that can't be read as a whole is read by."""
@@ -122,7 +132,7 @@ class Copier:
         self._pace = Pace(bytes_per_s) if bytes_per_s else None
         self._pump = pump
         self._pumps_whole = True
-        """What was pumped last was so to its end: few zeroes are in the data here."""
+        """What was pumped last was so to its end, and nothing was left out: few zeroes are in the data here."""
         self._stopped = False
         self._ready: deque[Piece] = deque()
         self._pieces = self._look_ahead()
@@ -165,9 +175,8 @@ class Copier:
             if self._pace is not None and piece.kind is Kind.COPY:
                 await self._pace.wait(piece.length)
             if piece.kind is Kind.COPY:
-                located = self._locate(piece.offset, piece.length)
-                if located is not None or piece.length > self._request_bytes:
-                    await self._pump_piece(piece, located)
+                if piece.length > self._request_bytes or self._locate(piece.offset, piece.length) is not None:
+                    await self._pump_pieces([piece, *self._following(piece)])
                     continue
                 if not buffer:
                     buffer = aligned_buffer(self._request_bytes, mmap.PAGESIZE)
@@ -188,55 +197,108 @@ class Copier:
         """Where bytes can be pumped from."""
         return self._pump.locate(offset, length) if self._pump is not None and length else None
 
-    async def _pump_piece(self, piece: Piece, located: Location | None) -> None:
-        """Copy a piece, as far as possible without having the bytes here.
+    def _following(self, piece: Piece) -> Iterator[Piece]:
+        """The pieces behind one that are dealt with together with it: a trip to a thread takes its time.
+
+        Those that are not made of whole clusters are dealt with alone: others fill their clusters.
+        """
+        room = PUMPED_BYTES - piece.length if self._pace is None and self._is_whole(piece) else 0
+        for _ in range(PUMPED_PIECES - 1):
+            if not self._ready or room <= 0:
+                break
+            kind, length = self._ready[0].kind, self._ready[0].length
+            if kind is Kind.COPY:
+                if length > room or not self._is_whole(self._ready[0]):
+                    break
+                room -= length
+            elif kind is Kind.ZERO and not self._skips_zeroes:
+                break
+            yield self._ready.popleft()
+
+    def _is_whole(self, piece: Piece) -> bool:
+        """Whether it is made of whole clusters of the target."""
+        cluster = self._pump.cluster_bytes if self._pump is not None else 0
+        return not cluster or (piece.offset % cluster == 0 and piece.length % cluster == 0)
+
+    async def _pump_pieces(self, pieces: Sequence[Piece]) -> None:
+        """Copy what is to be copied of some pieces, as far as possible without having the bytes here.
 
         Where writes are made in order, it is the places in the target that are taken in order; the bytes get there side
         by side.
         """
-        assert self._pump is not None
         turns = self._turns
-        if turns is not None and not await turns.come(piece.number):
+        if turns is not None and not await turns.come(pieces[0].number):
             return
+        ranges = [(piece.offset, piece.length) for piece in pieces if piece.kind is Kind.COPY]
         if turns is not None and self._pumps_whole:
-            copying = asyncio.ensure_future(self._pump_all(piece, located))
-            turns.over(piece.number)  # the next one wakes up when `copying` has begun
+            copying = asyncio.ensure_future(self._pump_all(ranges))
+            turns.over(pieces[-1].number)  # the next one wakes up when `copying` has begun
             await copying
         else:
-            await self._pump_all(piece, located)
+            await self._pump_all(ranges)
             if turns is not None:
-                turns.over(piece.number)
-        self.done_bytes += piece.length
+                turns.over(pieces[-1].number)
+        if not self._stopped:
+            self.done_bytes += sum(piece.length for piece in pieces)
 
-    async def _pump_all(self, piece: Piece, located: Location | None) -> None:
+    async def _pump_all(self, ranges: Ranges) -> None:
         assert self._pump is not None
-        offset, end = piece.offset, piece.offset + piece.length
         buffer = memoryview(b"")
-        while offset < end:
-            if located is not None:
-                length = min(located.length, end - offset)
-                done = await self._target.write_by(offset, length, functools.partial(self._pump.copy, located))
-                self._pumps_whole = done == length
-                offset += done
-                if done == length:
-                    located = self._locate(offset, end - offset)
+        unpumped_bytes = UNPUMPED_BYTES
+        while ranges and not self._stopped:
+            pumped, locations = self._located(ranges)
+            done = 0
+            if pumped:
+                done = await self._target.write_by(pumped, functools.partial(self._pump_by, locations))
+                whole = done == total_bytes(pumped)
+                self._pumps_whole &= whole
+                ranges = list(other_bytes(ranges, done))
+                if whole or (done and self._skips_zeroes):
                     continue
-            buffer = buffer or aligned_buffer(UNPUMPED_BYTES, mmap.PAGESIZE)
-            part = buffer[: min(UNPUMPED_BYTES, end - offset)]
+            unpumped_bytes = UNPUMPED_BYTES if done else min(2 * unpumped_bytes, self._request_bytes)
+            if len(buffer) < unpumped_bytes:
+                buffer = aligned_buffer(unpumped_bytes, mmap.PAGESIZE)
+            offset, length = ranges[0]
+            part = buffer[: min(length, unpumped_bytes)]
             await self._read(offset, part)
             await self._write(offset, part)
-            offset += len(part)
-            located = self._locate(offset, end - offset)
+            ranges = list(other_bytes(ranges, len(part)))
+
+    def _pump_by(self, locations: Sequence[Location], room: Room) -> Copied:
+        """See `HostWriter`."""
+        assert self._pump is not None
+        copied = self._pump.copy(locations, room)
+        self._pumps_whole = copied == Copied(total_bytes(room.places), [])
+        return copied
+
+    def _located(self, ranges: Ranges) -> tuple[Ranges, Sequence[Location]]:
+        """(the first bytes of some ranges, where they can be pumped from)."""
+        locations: list[Location] = []
+        count = 0
+        for start, length in ranges:
+            offset, end = start, start + length
+            while offset < end:
+                found = self._locate(offset, end - offset)
+                if found is None or len(locations) == PUMPED_LOCATIONS:
+                    return list(first_bytes(ranges, count)), locations
+                found = found._replace(length=min(found.length, end - offset))
+                locations.append(found)
+                offset += found.length
+                count += found.length
+        return ranges, locations
 
     # --- what is to be done -----------------------------------------------------------------------------------
 
     async def _next_piece(self) -> Piece | None:
         if not self._ready and not self._stopped:
             async with self._looking:
-                if not self._ready:
-                    async for extent in self._pieces:
-                        self._ready += self._cut(*extent)
+                ahead = 0
+                while ahead < PUMPED_BYTES and (not self._ready or ahead) and not self._stopped:
+                    extent = await anext(self._pieces, None)
+                    if extent is None:
                         break
+                    self._ready += self._cut(*extent)
+                    ahead += extent[1]
         return self._ready.popleft() if self._ready and not self._stopped else None
 
     async def _look_ahead(self) -> AsyncIterator[tuple[int, int, Kind]]:
@@ -358,8 +420,9 @@ class Turns:
     def over(self, number: int) -> None:
         """Let the next one have its turn."""
         self._next = number + 1
-        if self._next in self._waiting:
-            self._waiting[self._next].set_result(None)
+        waiting = self._waiting.get(self._next)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(None)
 
     def end(self) -> None:
         """There are no more turns."""

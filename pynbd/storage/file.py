@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import msgspec
 
 from pynbd.block import errors
-from pynbd.block.driver import Driver, HostWriter, Location, Preallocation, ReadQueue, WritePlace
+from pynbd.block.driver import Driver, HostWriter, Location, Preallocation, ReadQueue, Room, WritePlace
 from pynbd.block.errors import OptionError, PermissionConflict
 from pynbd.block.extents import Extent
 from pynbd.block.limits import Limits
 from pynbd.block.options import NodeOptions, OnOff, OnOffAuto
 from pynbd.block.permissions import Permission
+from pynbd.block.ranges import Ranges, end_of
 from pynbd.block.requests import RequestFlag
 from pynbd.storage import linux, opening, pool, sizing, sparse, transfers, zeroing
 from pynbd.storage.in_place import SLOW_FLUSH_S, SLOW_S, InPlace, keeps_others_waiting
@@ -339,16 +340,17 @@ class File(Driver):
         if took_ns > SLOW_S * 1e9:
             self._in_place.was_slow(perf_counter())
 
-    async def write_by(self, offset: int, length: int, writer: HostWriter) -> int:
+    async def write_by(self, ranges: Ranges, writer: HostWriter) -> int:
         if self._direct:
             return 0
+        start, end = ranges[0][0], end_of(ranges)
         try:
-            done = await pool.run(pool.copies, writer, self._fd, offset, length, offset >= self.size)
+            copied = await pool.run(pool.copies, writer, Room(self._fd, ranges, start >= self.size))
         except OSError as problem:
-            raise self._failed(problem, "write", offset, length) from problem
-        if offset + done > self.size and (size := self._measure()) > self.size:
+            raise self._failed(problem, "write", start, end - start) from problem
+        if end > self.size and (size := self._measure()) > self.size:
             self._grown(size)
-        return done
+        return copied.bytes
 
     def _write_in_thread(self, offset: int, data: memoryview, flags: int = 0) -> None:
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pynbd.block.driver import Location
+from pynbd.block.driver import Copied, Location, Room
 from pynbd.cli.pump import STROKE_BYTES, Pump
 from pynbd.cli.zero_runs import BLOCK_BYTES
 
@@ -57,7 +57,7 @@ def holes(fd: int) -> list[tuple[int, int]]:
 def test_all_bytes_go_to_their_place(files: tuple[int, int], length: int) -> None:
     source, target = files
     data = filled(source)
-    assert pump().copy(Location(source, 0, LENGTH), target, 4096, length, True) == length
+    assert pump().copy([Location(source, 0, LENGTH)], Room(target, [(4096, length)], True)).bytes == length
     assert content(target) == (bytes(4096) + data[:length] if length else b"")
 
 
@@ -66,9 +66,9 @@ def test_zeroes_are_left_out_of_a_file_of_zeroes(files: tuple[int, int]) -> None
     source, target = files
     zeroes = [(8192, 8192), (STROKE_BYTES + CLUSTER, CLUSTER)]
     data = filled(source, *zeroes)
-    assert pump(is_zero=False).copy(Location(source, 0, LENGTH), target, 0, LENGTH, False) == 8192
+    assert pump(is_zero=False).copy([Location(source, 0, LENGTH)], Room(target, [(0, LENGTH)], False)).bytes == 8192
     assert content(target) == data[:8192]
-    assert pump().copy(Location(source, 0, LENGTH), target, 0, LENGTH, False) == LENGTH
+    assert pump().copy([Location(source, 0, LENGTH)], Room(target, [(0, LENGTH)], False)).bytes == LENGTH
     assert content(target) == data
     assert holes(target) == zeroes
 
@@ -77,10 +77,16 @@ def test_short_zeroes_are_data(files: tuple[int, int]) -> None:
     """What is not a whole block, and everything where nobody asks for zeroes."""
     source, target = files
     data = filled(source, (100, BLOCK_BYTES), (STROKE_BYTES, STROKE_BYTES))
-    assert pump(block=0, is_zero=False).copy(Location(source, 0, LENGTH), target, 0, LENGTH, False) == LENGTH
+    assert (
+        pump(block=0, is_zero=False).copy([Location(source, 0, LENGTH)], Room(target, [(0, LENGTH)], False)).bytes
+        == LENGTH
+    )
     assert content(target) == data
     assert holes(target) == []
-    assert pump(is_zero=False).copy(Location(source, 0, LENGTH), target, 0, LENGTH, False) == STROKE_BYTES
+    assert (
+        pump(is_zero=False).copy([Location(source, 0, LENGTH)], Room(target, [(0, LENGTH)], False)).bytes
+        == STROKE_BYTES
+    )
 
 
 @pytest.mark.parametrize("begin", [0, CLUSTER, CLUSTER - BLOCK_BYTES])
@@ -89,7 +95,7 @@ def test_a_cluster_of_zeroes_ends_it(files: tuple[int, int], begin: int) -> None
     source, target = files
     zeroes = STROKE_BYTES + begin
     data = filled(source, (zeroes, CLUSTER + (BLOCK_BYTES if begin % CLUSTER else 0)))
-    assert pump(cluster=CLUSTER).copy(Location(source, 0, LENGTH), target, 0, LENGTH, True) == zeroes
+    assert pump(cluster=CLUSTER).copy([Location(source, 0, LENGTH)], Room(target, [(0, LENGTH)], True)).bytes == zeroes
     assert content(target) == data[:zeroes]
 
 
@@ -101,19 +107,72 @@ def test_zeroes_inside_a_cluster_are_left_out_where_the_place_is_zero(files: tup
     data = filled(source, zeroes)
     if not fresh:
         os.pwrite(target, b"\xff" * LENGTH, 0)
-    assert pump(cluster=CLUSTER).copy(Location(source, 0, LENGTH), target, 0, LENGTH, fresh) == LENGTH
+    assert pump(cluster=CLUSTER).copy([Location(source, 0, LENGTH)], Room(target, [(0, LENGTH)], fresh)).bytes == LENGTH
     assert content(target) == data
     assert holes(target) == ([zeroes] if fresh else [])
+
+
+def test_several_places_on_both_sides(files: tuple[int, int]) -> None:
+    """They need not be alike."""
+    source, target = files
+    data = filled(source)
+    sources = [Location(source, STROKE_BYTES, 700), Location(source, 0, STROKE_BYTES), Location(source, 5000, 300)]
+    places = [(4096, 100), (STROKE_BYTES, STROKE_BYTES + 900)]
+    assert pump().copy(sources, Room(target, places, True)) == Copied(STROKE_BYTES + 1000, [])
+    expected = data[STROKE_BYTES:][:700] + data[:STROKE_BYTES] + data[5000:5300]
+    assert content(target)[4096:4196] == expected[:100]
+    assert content(target)[STROKE_BYTES:] == expected[100:]
+
+
+def test_clusters_of_zeroes_are_left_out_where_they_need_no_place(files: tuple[int, int]) -> None:
+    """What comes behind them moves up; zeroes that are no whole cluster are holes."""
+    source, target = files
+    first, second = 2 * CLUSTER, STROKE_BYTES - CLUSTER + BLOCK_BYTES
+    data = filled(source, (first, 2 * CLUSTER), (second, 3 * CLUSTER))
+    room = Room(target, [(CLUSTER, LENGTH)], True, CLUSTER)
+    left_out = [(first, 2 * CLUSTER), (STROKE_BYTES, 2 * CLUSTER)]
+    assert pump(cluster=CLUSTER).copy([Location(source, 0, LENGTH)], room) == Copied(LENGTH, left_out)
+    assert (
+        content(target)
+        == bytes(CLUSTER)
+        + data[:first]
+        + data[first + 2 * CLUSTER : STROKE_BYTES]
+        + (data[STROKE_BYTES + 2 * CLUSTER :])
+    )
+    assert holes(target)[1:] == [(second - CLUSTER, CLUSTER)]
+
+
+@pytest.mark.parametrize(
+    ("places", "unit", "is_zero"),
+    [
+        ([(0, LENGTH // 2), (LENGTH // 2, LENGTH // 2)], CLUSTER, True),
+        ([(0, LENGTH)], 3 * CLUSTER, True),
+        ([(0, LENGTH)], 0, True),
+        ([(0, LENGTH)], CLUSTER, False),
+    ],
+)
+def test_pumping_ends_before_zeroes_that_must_not_be_left_out(
+    files: tuple[int, int], places: list[tuple[int, int]], unit: int, is_zero: bool
+) -> None:
+    """More than one place, units that strokes are not made of, none, and targets that hold something else."""
+    source, target = files
+    filled(source, (2 * CLUSTER, CLUSTER))
+    room = Room(target, places, True, unit)
+    copied = pump(cluster=CLUSTER, is_zero=is_zero).copy([Location(source, 0, LENGTH)], room)
+    assert copied == Copied(2 * CLUSTER, [])
 
 
 def test_it_ends_where_the_source_ends(files: tuple[int, int], tmp_path: Path) -> None:
     """Before it, where a stroke can't be read whole; and at once where nothing can be read."""
     source, target = files
     data = filled(source)
-    assert pump().copy(Location(source, STROKE_BYTES, LENGTH), target, 0, LENGTH, True) == 2 * STROKE_BYTES
+    assert (
+        pump().copy([Location(source, STROKE_BYTES, LENGTH)], Room(target, [(0, LENGTH)], True)).bytes
+        == 2 * STROKE_BYTES
+    )
     assert content(target) == data[STROKE_BYTES:]
     folder = os.open(tmp_path, os.O_RDONLY)
-    assert pump().copy(Location(folder, 0, LENGTH), target, 0, LENGTH, True) == 0
+    assert pump().copy([Location(folder, 0, LENGTH)], Room(target, [(0, LENGTH)], True)).bytes == 0
     os.close(folder)
 
 
@@ -122,7 +181,7 @@ def test_a_write_that_fails_is_an_error(files: tuple[int, int]) -> None:
     filled(source)
     full = os.open("/dev/full", os.O_WRONLY)
     with pytest.raises(OSError, match="No space") as caught:
-        pump().copy(Location(source, 0, LENGTH), full, 0, LENGTH, True)
+        pump().copy([Location(source, 0, LENGTH)], Room(full, [(0, LENGTH)], True))
     os.close(full)
     assert caught.value.errno == errno.ENOSPC
 

@@ -26,6 +26,7 @@ from pynbd.block.image_names import named_from
 from pynbd.block.limits import Limits
 from pynbd.block.options import NodeOptions, OnOff, Size
 from pynbd.block.permissions import ChildRole, Permission
+from pynbd.block.ranges import Ranges
 from pynbd.block.requests import RequestFlag
 from pynbd.formats.qcow2 import amending, creation, layout, resizing
 from pynbd.formats.qcow2.cache_cleaning import DEFAULT_INTERVAL_S, CacheCleaning, Interval
@@ -301,8 +302,8 @@ class Qcow2(ClusterReader):
     def write_now(self, offset: int, data: memoryview) -> bool:
         return self.writer.write_now(offset, data)
 
-    async def write_by(self, offset: int, length: int, writer: HostWriter) -> int:
-        return await self.writer.write_by(offset, length, writer)
+    async def write_by(self, ranges: Ranges, writer: HostWriter) -> int:
+        return await self.writer.write_by(ranges, writer)
 
     async def write_zeroes(self, offset: int, length: int, flags: int) -> None:
         await self.writer.zeroing.write(offset, length, flags)

@@ -129,13 +129,20 @@ class Image(LoadedTables):
         self.fresh_from = max(self.fresh_from, run.first + run.clusters)
         return run, fresh
 
-    async def release_rest(self, run: Run, used: int, touched: int) -> None:
-        """Give back the clusters of a run behind the first `used`; nothing was written behind the first `touched`."""
+    async def release_rest(self, run: Run, used: int, touched: int, *, fresh: bool) -> None:
+        """Give back the clusters of a run behind the first `used`.
+
+        Args:
+            run: what `allocate` gave.
+            used: how many of them are needed.
+            touched: behind so many of them nothing was written.
+            fresh: what `allocate` said of them: otherwise somebody else may have written there before.
+        """
         if used == run.clusters:
             return
+        if fresh and self.fresh_from == run.first + run.clusters:
+            self.fresh_from = run.first + touched  # as long as nobody else can have them
         await self.release(Run(run.first + used, run.clusters - used))
-        if self.fresh_from == run.first + run.clusters:
-            self.fresh_from = run.first + touched
 
     def allocate_now(self) -> int:
         """Take a cluster that is known to read as zeroes, if that can be done at once; gives its offset, else 0."""

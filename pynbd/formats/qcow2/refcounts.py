@@ -234,18 +234,30 @@ class Refcounts:
             OSError: EFBIG, there is no place that the format could point to.
         """
         at = self.first_free
-        while True:
+        taken = False
+        while not taken:
             at, length = await self._find(at, most, all_of_it=all_of_it)
-            if await self._have_blocks(at, length) and self._are_free(at, length):
-                break
-        for index, start, stop in self.by_block(at, length):
-            block = self.blocks.get(index)
-            assert block is not None
-            block.words[start:stop] = array(block.words.typecode, [1]) * (stop - start)
-            self.blocks.mark(index, start, stop)
+            held: list[Table] = []
+            try:
+                made = await self._have_blocks(at, length, held)
+                taken = not made and self._take(at, length)
+            finally:
+                for block in held:
+                    block.busy -= 1
         if at == self.first_free:
             self.first_free = at + length
         return Run(at, length)
+
+    def _take(self, first: int, count: int) -> bool:
+        """Take some clusters whose blocks are at hand; False if somebody else has taken one meanwhile."""
+        parts = [(self.blocks.get(index), index, start, stop) for index, start, stop in self.by_block(first, count)]
+        if any(block is None or any(block.words[start:stop]) for block, _, start, stop in parts):
+            return False
+        for block, index, start, stop in parts:
+            assert block is not None
+            block.words[start:stop] = array(block.words.typecode, [1]) * (stop - start)
+            self.blocks.mark(index, start, stop)
+        return True
 
     def take_now(self) -> int:
         """Take one free cluster, if that can be done at once.
@@ -310,22 +322,26 @@ class Refcounts:
             if start < self.per_block:
                 at, found = at + found + 1, 0
 
-    def _are_free(self, first: int, count: int) -> bool:
-        """Whether nobody has taken one meanwhile, and all blocks are still at hand."""
-        for index, start, stop in self.by_block(first, count):
-            block = self.blocks.get(index)
-            if block is None or any(block.words[start:stop]):
-                return False
-        return True
+    async def _have_blocks(self, first: int, count: int, held: list[Table]) -> bool:
+        """Load the blocks that some clusters need, and make those that are missing.
 
-    async def _have_blocks(self, first: int, count: int) -> bool:
-        """Make the blocks that some clusters need; False if one had to be made, which may lie among them."""
+        Args:
+            first, count: the clusters.
+            held: gets those that were loaded. They are `busy`, so that they stay here although they are many.
+
+        Returns:
+            whether one had to be made, which may lie among them.
+        """
         made = False
         for index, _, _ in self.by_block(first, count):
-            if await self.block(index) is None:
+            block = await self.block(index)
+            if block is None:
                 await self._new_block(index)
                 made = True
-        return not made
+            else:
+                block.busy += 1
+                held.append(block)
+        return made
 
     async def _new_block(self, index: int) -> None:
         """Make a refcount block, in a free cluster: one that it counts itself, if need be."""

@@ -6,12 +6,14 @@ its cluster, and they for him; the entry changes in one piece, when the data are
 """
 
 import errno
+from array import array
 from typing import TYPE_CHECKING
 
 from pynbd.block.alignment import round_down, round_up
 from pynbd.block.data_path import by_nobody
-from pynbd.block.driver import HostWriter
+from pynbd.block.driver import Copied, HostWriter, Room
 from pynbd.block.errors import io_error
+from pynbd.block.ranges import Ranges, end_of, first_bytes, reach, total_bytes, without
 from pynbd.block.requests import RequestTracker, TrackedRequest
 from pynbd.formats.qcow2.given_up import Cause
 from pynbd.formats.qcow2.layout import (
@@ -178,41 +180,68 @@ class Writer:
             self.check_inside(offset, end)
             await self.write_alone(offset, data)
 
-    async def write_by(self, offset: int, length: int, writer: HostWriter) -> int:
+    async def write_by(self, ranges: Ranges, writer: HostWriter) -> int:
         """See `Driver.write_by`: whole clusters that have no place yet get places behind one another."""
         cluster = self.cluster
-        end = round_down(offset + length, cluster)
-        if offset % cluster or end <= offset or self.map.extended or self.guest_file.write_by is by_nobody:
+        start, end = ranges[0][0], end_of(ranges)
+        if self.map.extended or self.guest_file.write_by is by_nobody:
             return 0
         if self.has_data_file or self.driver.encryption is not None or self.image.fence is not None:
             return 0
-        async with self.track(offset, end, exclusive=True):
-            self.check_inside(offset, end)
-            piece = await self.map.piece(offset, end)
-            count = (piece.stop - offset) // cluster
-            if piece.kind != NOWHERE or not count:
+        async with self.track(start, end, exclusive=True):
+            self.check_inside(start, end)
+            placeless = await self._placeless(ranges)
+            if not placeless:
                 return 0
-            run, fresh = await self.image.allocate(count)
+            run, fresh = await self.image.allocate(total_bytes(placeless) // cluster)
             try:
-                done = await self._fill_by(run, writer, fresh=fresh)
+                filled, copied = await self._fill_by(run, writer, fresh=fresh)
             except BaseException:
                 await self.image.release(run)
                 raise
-            whole = round_down(done, cluster)
-            await self.image.release_rest(run, whole // cluster, -(-done // cluster))
-            if whole:
-                await self.point(offset, offset + whole, run.first << self.map.bits, owned=False)
-            return whole
+            whole = round_down(filled, cluster)
+            await self.image.release_rest(run, whole // cluster, -(-filled // cluster), fresh=fresh)
+            first, end = run.first, run.first + whole // cluster
+            try:
+                for offset, length in first_bytes(without(placeless, copied.left_out), whole):
+                    await self.point(offset, offset + length, first << self.map.bits, owned=False)
+                    first += length // cluster
+            except OSError:
+                await self.image.release(Run(first, end - first))  # a table can't be had
+                raise
+            if whole + total_bytes(copied.left_out) == copied.bytes:
+                return copied.bytes
+            return reach(copied.left_out, whole)
 
-    async def _fill_by(self, run: Run, writer: HostWriter, *, fresh: bool) -> int:
-        """How many bytes of some clusters somebody else has written."""
+    async def _placeless(self, ranges: Ranges) -> Ranges:
+        """Where the first bytes of some ranges lie that are whole clusters without a place, slice by slice."""
+        found: list[tuple[int, int]] = []
+        for offset, length in ranges:
+            stop = round_down(offset + length, self.cluster)
+            at = offset
+            while at < stop and not at % self.cluster:
+                piece = await self.map.piece(at, stop)
+                if piece.kind != NOWHERE:
+                    return found
+                found.append((at, piece.stop - at))
+                at = piece.stop
+            if at < offset + length:
+                break
+        return found
+
+    async def _fill_by(self, run: Run, writer: HostWriter, *, fresh: bool) -> tuple[int, Copied]:
+        """(how many bytes of some clusters somebody else has written, which bytes of the ranges these are)."""
         host, length = run.first << self.map.bits, run.clusters << self.map.bits
         await self.check_overlap(host, length)
 
-        def filler(fd: int, host_offset: int, length: int, _: bool) -> int:
-            return writer(fd, host_offset, length, fresh)
+        copied = Copied(0)
 
-        return await self.guest_file.write_by(host, length, filler)
+        def filler(room: Room) -> Copied:
+            nonlocal copied
+            copied = writer(Room(room.fd, room.places, fresh, self.cluster))
+            return Copied(copied.bytes - total_bytes(copied.left_out))
+
+        return await self.guest_file.write_by([(host, length)], filler), copied
 
     async def write_alone(self, offset: int, data: memoryview) -> None:
         """Write where nobody else is at work, and take clusters as needed."""
@@ -344,6 +373,11 @@ class Writer:
         first, last = low // cluster, -(-high // cluster)
         table, at = await self.map.writable(low)
         words = table.words
+        if not self.map.extended and not any(words[at : at + last - first]):
+            places = range(host | COPIED, (host | COPIED) + (last - first) * cluster, cluster)
+            words[at : at + last - first] = array(words.typecode, places)
+            self.map.mark(low, at, at + last - first)
+            return
         for number in range(first, last):
             index = at + (number - first) * words_each
             place = host + (number - first) * cluster
