@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import os
 import subprocess
 import tempfile
@@ -19,9 +17,6 @@ from tests.peers import SYSTEM_PATH, CommandError, require_tool, run
 
 LIMIT_S = 300.0
 """What takes longer has hung."""
-
-MADV_POPULATE_WRITE = 23
-"""madvise(2): make all pages; the module `mmap` has no name for it."""
 
 OUTPUT = "OUTPUT"
 """In the words of a command: the file that it writes. Other words in capitals are names of `ImageFiles`."""
@@ -70,6 +65,10 @@ class ImgCommand:
     def run(self, tool: Tool, files: ImageFiles, *, cpus: str = "") -> Sample:
         """Run it, and leave what it wrote in `files.output`.
 
+        An output that is there already goes right before. So the second run of a command that writes a disk has, for
+        the page cache, the memory that the first one's output was in. Other memory may be none yet: the host of a
+        virtual machine has to find it when it is used, which can take three times as long as the command.
+
         Args:
             tool: by which program.
             files: on what.
@@ -81,10 +80,9 @@ class ImgCommand:
         pinned = ["taskset", "--cpu-list", cpus] if cpus else []
         command = [*pinned, *self.command(tool, files)]
         disk_bytes = _disk_bytes(files, self) if self.of_data else None
-        files.output.unlink(missing_ok=True)
         if disk_bytes is not None:
             os.sync()  # or it pays for what the one before it has left to be written
-            touch_memory(disk_bytes // 2)  # of none of the disks more than that is written
+        files.output.unlink(missing_ok=True)
         elapsed_s, cpu_s = _timed(command, tool.environment)
         return Sample(
             elapsed_s * 1e3 if disk_bytes is None else disk_bytes / elapsed_s / 1e6,
@@ -130,21 +128,6 @@ def _file(word: str, files: ImageFiles) -> Path | None:
 def _disk_bytes(files: ImageFiles, command: ImgCommand) -> int:
     """The length of the disk that is copied."""
     return files.text_bytes if "TEXT" in command.words else files.half_sparse_bytes
-
-
-def touch_memory(size_bytes: int) -> None:
-    """Use as much memory as a command's output will take in the page cache, and give it back.
-
-    The host of a virtual machine has to find memory for what its guest never used, or gave back: without this, whoever
-    is measured first pays for that, which can be three times what the command takes.
-
-    Args:
-        size_bytes: how much; no more than half of what is available.
-    """
-    available_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    length = max(min(size_bytes, available_bytes // 2), mmap.PAGESIZE)
-    with mmap.mmap(-1, length) as memory, contextlib.suppress(OSError):  # kernels before 5.14
-        memory.madvise(MADV_POPULATE_WRITE)
 
 
 def _timed(command: Sequence[str], environment: Mapping[str, str]) -> tuple[float, float]:

@@ -240,8 +240,8 @@ def _by_command(row: Row, load: ImgCommand, server: Server, run_: Run) -> Sample
         if load.of_data:
             for path in load.sources(files):
                 row.resident(server.name, warm(path, _fincore()))
-        elif is_first:
-            load.run(tool, files)  # what it reads, and what the program is made of, comes into the page cache
+        if load.of_data or is_first:
+            load.run(tool, files)  # so that the memory is there: for what it reads, the program, and what it writes
         sample = load.run(tool, files, cpus="1" if plan.pin else "")
         if is_first:
             load.check_output(files)

@@ -88,6 +88,23 @@ def test_wrong_output_is_noticed(tmp_path: Path) -> None:
     assert "compare" in row.remarks[0]
 
 
+def test_disks_are_written_into_memory_that_was_in_use(tmp_path: Path) -> None:
+    """The second run is what counts, and finds no output, so that the first one's memory is free."""
+    runs = tmp_path / "runs"
+    word = f"""if 1:
+        import pathlib, shutil, sys
+        source, output = map(pathlib.Path, sys.argv[-2:])
+        with open({str(runs)!r}, "a") as told:
+            told.write(f"{{output.exists()}} ")
+        shutil.copyfile(source, output)"""
+    copier = Server("copier", sys.executable, tool=lambda _: Tool([sys.executable, "-c", word], {}))
+    load = ImgCommand(("convert", "-f", "raw", "-O", "raw", "HALF_SPARSE", "OUTPUT"), of_data=True)
+    row = Row(Cell("copy", load, Disk.FILES))
+    _run(tmp_path, copier).measure_round(row, 0)
+    assert not row.failed, row.remarks
+    assert runs.read_text().split() == ["False", "False"]
+
+
 def test_failure_is_told(tmp_path: Path) -> None:
     """With what the program said."""
     word = "import sys; sys.exit('no such luck')"
