@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,13 +30,12 @@ class Interruption:
         is, and may be sent by a loop). So the byte only wakes it up here, and what a signal does is told it besides.
         """
         loop = asyncio.get_running_loop()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        for number in SIGNALS:
-            loop.add_signal_handler(number, _woken)
-            signal.signal(number, lambda *_: loop.call_soon_threadsafe(self._interrupt))
-        signal.set_wakeup_fd(signal.set_wakeup_fd(-1), warn_on_full_buffer=False)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
+            with _held_back(SIGNALS):
+                for number in SIGNALS:
+                    loop.add_signal_handler(number, _woken)
+                    signal.signal(number, lambda *_: loop.call_soon_threadsafe(self._interrupt))
+                signal.set_wakeup_fd(signal.set_wakeup_fd(-1), warn_on_full_buffer=False)
             yield
         finally:
             for number in SIGNALS:
@@ -56,6 +55,15 @@ class Interruption:
             self._copier.stop()
         elif self._task is not None:
             self._task.cancel()
+
+
+@contextlib.contextmanager
+def _held_back(signals: Collection[signal.Signals]) -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _woken() -> None:

@@ -25,14 +25,15 @@ from pynbd.block.extents import Extent
 from pynbd.block.limits import Limits
 from pynbd.block.options import NodeOptions, OnOff, OnOffAuto
 from pynbd.block.permissions import Permission
-from pynbd.block.ranges import Ranges, end_of
+from pynbd.block.ranges import Ranges, end_of, total_bytes
 from pynbd.block.requests import RequestFlag
 from pynbd.storage import linux, opening, pool, sizing, sparse, transfers, zeroing
-from pynbd.storage.in_place import SLOW_FLUSH_S, SLOW_S, InPlace, keeps_others_waiting
+from pynbd.storage.flushing import Flushing
+from pynbd.storage.in_place import SLOW_S, InPlace, keeps_others_waiting
 from pynbd.storage.locks import FileLocks
 
 if TYPE_CHECKING:
-    from pynbd.storage import aio, uring
+    from pynbd.storage import uring
 
 INLINE_READ_BYTES = 256 << 10
 """Larger reads are copied out of the page cache by a thread, while the event loop goes on."""
@@ -57,7 +58,6 @@ new_tuple = tuple.__new__
 FUA = int(RequestFlag.FUA)
 MAY_UNMAP = int(RequestFlag.MAY_UNMAP)
 NO_FALLBACK = int(RequestFlag.NO_FALLBACK)
-NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 CHANGING = Permission.WRITE | Permission.WRITE_UNCHANGED | Permission.RESIZE
 
 
@@ -86,11 +86,6 @@ class FileCreationOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unkn
 
     nocow: OnOff = False
     extent_size_hint: Annotated[int, msgspec.Meta(ge=0, le=MAX_HINT_BYTES, extra={"size": True})] | None = None
-
-
-FEW_FLUSHES = 8
-"""Flushes that are made in threads first: giving back what the kernel's queue takes costs tens of milliseconds, which
-is no price for a server, but for a command that flushes once."""
 
 
 class File(Driver):
@@ -177,12 +172,7 @@ class File(Driver):
         self._in_place = InPlace(never=self._direct)
         self._place: WritePlace | None = None
         self._status_in_place = InPlace()
-        self._flush_in_place = InPlace()
-        self._dsync = True
-        self._flush_error: OSError | None = None
-        self._flushes: aio.FlushQueue | None = None
-        self._flushes_in_threads = False
-        self._few_flushes = 0
+        self._flushing = Flushing(self._fd, direct=self._direct, failed=self._flush_failed)
         self._zeroing = zeroing.Zeroing(self._fd, device=self.is_device)
         self._zeroes = pool.Batch(self._zero_in_thread)
         self._discards = pool.Batch(self._discard_in_thread)
@@ -205,9 +195,7 @@ class File(Driver):
         if self._ring is not None:
             self._ring.close()
             self._ring = None
-        if self._flushes is not None:
-            self._flushes.close()
-            self._flushes = None
+        self._flushing.close()
         os.close(self._fd)  # and with it go the locks
         self._fd = -1
 
@@ -347,7 +335,7 @@ class File(Driver):
         try:
             copied = await pool.run(pool.copies, writer, Room(self._fd, ranges, start >= self.size))
         except OSError as problem:
-            raise self._failed(problem, "write", start, end - start) from problem
+            raise self._failed(problem, "write", start, total_bytes(ranges)) from problem
         if end > self.size and (size := self._measure()) > self.size:
             self._grown(size)
         return copied.bytes
@@ -368,79 +356,13 @@ class File(Driver):
     # --- durability ----------------------------------------------------------------------------------------
 
     def _write_durably(self, offset: int, data: memoryview) -> None:
-        """Write, and come back when it is on stable storage."""
-        if self._flush_error is not None:
-            raise self._flush_error
-        if self._dsync:
-            try:
-                self._write_in_thread(offset, data, os.RWF_DSYNC)
-            except OSError as problem:
-                if problem.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
-                    self._judge_durable_write(problem, offset, data)
-                    raise
-                self._dsync = False
-            else:
-                return
-        self._write_in_thread(offset, data)
-        self._sync()
-
-    def _judge_durable_write(self, problem: OSError, offset: int, data: memoryview) -> None:
-        """Find out whether the write failed, which is an error like any other, or the flush that was a part of it."""
-        if problem.errno in NO_ROOM:
-            self._write_in_thread(offset, data)  # fails as before, if there was no room for it
-        self._remember(problem)
+        self._flushing.write(partial(self._write_in_thread, offset, data))
 
     async def flush_to_disk(self) -> None:
-        if self._flush_error is not None:
-            raise self._flush_error
-        started = perf_counter()
-        if started >= self._flush_in_place.paused_until and not keeps_others_waiting():
-            self._sync()
-            ended = perf_counter()
-            if ended - started > SLOW_FLUSH_S:
-                self._flush_in_place.was_slow(ended)
-        elif not await self._sync_in_kernel():
-            await pool.run(pool.syncs, self._sync)
+        await self._flushing.flush()
 
-    async def _sync_in_kernel(self) -> bool:
-        """Flush without a thread; False if the kernel can't."""
-        if self._flushes_in_threads:
-            return False
-        if self._few_flushes < FEW_FLUSHES:
-            self._few_flushes += 1
-            return False
-        try:
-            if self._flushes is None:
-                from pynbd.storage import aio
-
-                self._flushes = aio.FlushQueue(self._fd)
-            await self._flushes.fdatasync()
-        except OSError as problem:
-            if problem.errno in (errno.EAGAIN, errno.EINVAL, errno.ENOSYS, errno.EPERM):
-                self._flushes_in_threads = True
-                return False
-            failed = self._failed(problem, "flush", 0, self.size)
-            self._remember(failed)
-            raise failed from problem
-        return True
-
-    def _sync(self) -> None:
-        try:
-            os.fdatasync(self._fd)
-        except OSError as problem:
-            failed = self._failed(problem, "flush", 0, self.size)
-            self._remember(failed)
-            raise failed from problem
-
-    def _remember(self, problem: OSError) -> None:
-        """Let every later flush fail, once one has.
-
-        The kernel reports a failed write-back once, marks the pages clean and may drop them: a flush that is tried
-        again would succeed, and what was written would be lost all the same. Only who opens the file again starts
-        from what is really there. With O_DIRECT there are no such pages.
-        """
-        if not self._direct:
-            self._flush_error = problem
+    def _flush_failed(self, problem: OSError) -> OSError:
+        return self._failed(problem, "flush", 0, self.size)
 
     # --- zeroes, holes -------------------------------------------------------------------------------------
 

@@ -47,3 +47,19 @@ def test_what_was_there_before_is_there_again() -> None:
     asyncio.run(copy())
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_signals_are_let_through_where_no_handler_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was blocked for a moment is not blocked for good."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("only in the main thread")
+
+    async def copy() -> None:
+        monkeypatch.setattr(asyncio.get_running_loop(), "add_signal_handler", refuse)
+        with Interruption().listening():
+            pytest.fail("it was not refused")
+
+    with pytest.raises(RuntimeError, match="main thread"):
+        asyncio.run(copy())
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()

@@ -15,7 +15,7 @@ import pytest
 from pynbd.block.alignment import aligned_buffer
 from pynbd.block.graph import Graph
 from pynbd.block.requests import RequestFlag
-from pynbd.storage import aio, file
+from pynbd.storage import aio, flushing
 from pynbd.storage import in_place as in_place_module
 from tests.storage.conftest import OpenDisk, description
 
@@ -25,7 +25,7 @@ def flushed_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """Who waits for a flush: the kernel's asynchronous I/O, or a thread where there is none."""
     if request.param == "thread":
         monkeypatch.setattr(aio, "_calls", None)
-    monkeypatch.setattr(file, "FEW_FLUSHES", 0)
+    monkeypatch.setattr(flushing, "FEW_FLUSHES", 0)
     return str(request.param)
 
 
@@ -212,12 +212,12 @@ async def test_a_flush_in_place_for_the_only_client(
         return len(in_place)
 
     monkeypatch.setattr(os, "fdatasync", noted_fdatasync)
-    monkeypatch.setattr(file, "SLOW_FLUSH_S", float("inf"))
+    monkeypatch.setattr(flushing, "SLOW_FLUSH_S", float("inf"))
     async with open_disk(description(disk)) as backend:
         assert await flush_after_a_write() == 0
         monkeypatch.setattr(asyncio.get_running_loop(), "has_one_client", True, raising=False)
         assert await flush_after_a_write() == 1
-        monkeypatch.setattr(file, "SLOW_FLUSH_S", 0)
+        monkeypatch.setattr(flushing, "SLOW_FLUSH_S", 0)
         monkeypatch.setattr(in_place_module, "FIRST_PAUSE_S", float("inf"))
         assert await flush_after_a_write() == 2
         assert await flush_after_a_write() == 2
