@@ -131,7 +131,7 @@ async def _with_size(
 
 def formatting_line(new: NewImage) -> str:
     """What `create` says before it begins."""
-    words = [f"Formatting '{new.filename}', fmt={new.kind.name}"]
+    words = [f"Formatting '{new.filename}', fmt={new.format}"]
     for name, value in _told(new):
         text = ("on" if value else "off") if isinstance(value, bool) else str(value)
         words.append(f"{name}={text.replace(',', ',,')}")

@@ -20,12 +20,16 @@ from pynbd.block.image_names import named_from, names_itself
 from pynbd.block.permissions import Permission
 from pynbd.cli.img.images import whole_sectors
 
+FILES = ("file", "host_device")
+"""Storage that can be named where a format is: the bytes of a disk lie in it as they are."""
+
 
 class NewImage(NamedTuple):
     """An image that is to be made.
 
     Args:
         kind: its format.
+        format: how that was named.
         filename: as it was given.
         storage: the tree of the storage that it will lie in.
         options: checked.
@@ -34,6 +38,7 @@ class NewImage(NamedTuple):
     """
 
     kind: type[Driver]
+    format: str
     filename: str
     storage: dict[str, Any]
     options: CreationOptions
@@ -42,12 +47,12 @@ class NewImage(NamedTuple):
 
 
 def format_class(name: str) -> type[Driver]:
-    """The driver of a format that new images can be made in.
+    """The driver of a format that new images can be made in; for the names of files and devices themselves, `raw`.
 
     Raises:
         OptionError: there is none, or it can't make images.
     """
-    kind = registry.driver_class(name)
+    kind = registry.driver_class("raw" if name in FILES else name)
     if not kind.is_format:
         raise OptionError(f"{name!r} is no image format")
     if kind.CreateOptions is None:
@@ -86,9 +91,11 @@ def plan(graph: Graph, filename: str | None, format: str, given: Mapping[str, An
         raise OptionError(f"{filename}: an image can't be its own backing file")
     assert kind.CreateOptions is not None
     storage = graph.storage_tree(filename) if filename else {}
+    if format in FILES and storage and storage["driver"] != format:
+        raise OptionError(f"{filename} is nothing for driver {format!r}, but for {storage['driver']!r}")
     further, own = _of_storage(storage, given)
     options = opt.convert(own, kind.CreateOptions, driver=format)
-    return NewImage(kind, filename or "", storage, options, further, given)
+    return NewImage(kind, format, filename or "", storage, options, further, given)
 
 
 def storage_class(tree: Mapping[str, Any]) -> type[Driver]:

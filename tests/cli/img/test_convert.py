@@ -36,6 +36,7 @@ def allocated(path: str) -> int:
         ("disk.raw",),
         ("disk.raw", "new.raw"),
         ("-O", "raw", "disk.raw", "new.raw"),
+        ("-O", "file", "disk.raw", "new.raw"),
         ("disk.raw", "-O", "raw", "new.raw", "-W"),
         ("-q", "-p", "disk.raw", "new.raw"),
         ("-S", "1k", "disk.raw", "new.raw"),

@@ -17,6 +17,7 @@ KEY = ("--object", "secret,id=s,data=abc")
     [
         ("new.raw", "10M"),
         ("-f", "raw", "new.raw", "1.5G"),
+        ("-f", "file", "new.raw", "1M"),
         ("new.raw", "1000"),
         ("new.raw", "0x1000"),
         ("new.raw", "10b"),
@@ -70,6 +71,14 @@ def test_raw(words: tuple[str, ...], folder: Path) -> None:
 def _files(folder: Path) -> dict[str, tuple[int, int]]:
     """The length of each file and what it takes on the disk, in pieces of 64 KiB: QEMU always takes a first block."""
     return {path.name: (path.stat().st_size, path.stat().st_blocks >> 7) for path in folder.iterdir()}
+
+
+def test_a_file_is_no_device(folder: Path) -> None:
+    """Nothing is made where a device was expected."""
+    assert qemu_img("create", "-f", "host_device", "new.raw", "1M").status == 1
+    told = failure("create", "-f", "host_device", "new.raw", "1M")
+    assert "new.raw is nothing for driver 'host_device', but for 'file'" in told
+    assert not list(folder.iterdir())
 
 
 def test_a_file_that_is_there_is_overwritten(disk: Path) -> None:
