@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import random
 import re
 import signal
@@ -279,6 +280,22 @@ def test_patchy_disks_become_what_qemu_makes_of_them(cluster: str, unit: int, wo
     assert Path("back.raw").read_bytes() == content
     assert qemu_img("convert", "-f", "qcow2", "-O", "raw", *words, "theirs.qcow2", "expected.raw").status == 0
     assert allocated("back.raw") <= allocated("expected.raw")
+
+
+@pytest.mark.parametrize("words", [(), ("-W",)])
+@pytest.mark.parametrize(("outer", "inner"), [("64k", "64k"), ("64k", "4k"), ("4k", "2M")])
+def test_an_image_inside_an_image(outer: str, inner: str, words: tuple[str, ...], folder: Path) -> None:
+    """Clusters of the inner one are left out, and their places in the outer one are other clusters' then."""
+    patchy("patchy.raw", 4096)
+    assert qemu_img("create", "-f", "qcow2", "-o", f"cluster_size={inner}", "inner", "12M").status == 0
+    os.truncate("inner", 32 * MIB)
+    assert qemu_img("convert", "-f", "raw", "-O", "qcow2", "-o", f"cluster_size={outer}", "inner", "outer").status == 0
+    target = "driver=qcow2,file.driver=qcow2,file.file.driver=file,file.file.filename=outer"
+    ok("convert", "-n", "-f", "raw", "--target-image-opts", *words, "patchy.raw", target)
+    raw = "driver=raw,file.driver=file,file.filename=patchy.raw"
+    assert qemu_img("compare", "--image-opts", raw, target).status == 0
+    assert qemu_img("check", "--image-opts", target).status == 0
+    assert qemu_img("check", "-f", "qcow2", "outer").status == 0
 
 
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
