@@ -282,11 +282,13 @@ def test_patchy_disks_become_what_qemu_makes_of_them(cluster: str, unit: int, wo
     assert allocated("back.raw") <= allocated("expected.raw")
 
 
-@pytest.mark.parametrize("words", [(), ("-W",)])
+@pytest.mark.parametrize(
+    ("unit", "words"), [(4096, ()), (4096, ("--target-is-zero",)), (65536, ("--target-is-zero", "-W"))]
+)
 @pytest.mark.parametrize(("outer", "inner"), [("64k", "64k"), ("64k", "4k"), ("4k", "2M")])
-def test_an_image_inside_an_image(outer: str, inner: str, words: tuple[str, ...], folder: Path) -> None:
+def test_an_image_inside_an_image(outer: str, inner: str, unit: int, words: tuple[str, ...]) -> None:
     """Clusters of the inner one are left out, and their places in the outer one are other clusters' then."""
-    patchy("patchy.raw", 4096)
+    patchy("patchy.raw", unit)
     assert qemu_img("create", "-f", "qcow2", "-o", f"cluster_size={inner}", "inner", "12M").status == 0
     os.truncate("inner", 32 * MIB)
     assert qemu_img("convert", "-f", "raw", "-O", "qcow2", "-o", f"cluster_size={outer}", "inner", "outer").status == 0
