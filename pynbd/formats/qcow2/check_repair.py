@@ -79,7 +79,7 @@ def _change(found: Examination, block: "array[int]", first: int, *, raising: boo
 def _is_only(scan: Scan, offset: int, times: int) -> bool:
     """Whether the cluster at an offset is in the file, and nothing but `times` pointers to a table refer to it."""
     cluster = offset >> scan.bits
-    return cluster < scan.file_clusters and scan.references.get(cluster) == min(times, scan.references.most)
+    return cluster < scan.file_clusters and scan.references.get(cluster) == times and not scan.is_overfull(cluster)
 
 
 async def _write_l1(image: Image, scan: Scan, entries: Iterable[tuple[int, int]]) -> int:
@@ -95,7 +95,9 @@ async def _write_l2(image: Image, scan: Scan, tables: Mapping[int, Sequence[Mend
     """Change entries of L2 tables, where nothing else lies; gives how many, counted as the check does."""
     done, width = 0, 8 * image.header.l2_entry_words
     for offset, mends in sorted(tables.items()):
-        if offset & (image.cluster_size - 1) or not _is_only(scan, offset, scan.tables[offset]):
+        if offset & (image.cluster_size - 1) or offset >> scan.bits in scan.not_tables:
+            continue
+        if not _is_only(scan, offset, scan.tables[offset]):
             continue
         data = await image.read_bytes(offset, image.cluster_size)
         for mend in mends:

@@ -38,6 +38,9 @@ MAX_MENDS = 1 << 20
 MAX_METADATA_CLUSTERS = 1 << 24
 """Clusters of one image that hold its own structures, beside L2 tables."""
 
+MAX_OVERFULL_CLUSTERS = 1 << 20
+"""Clusters that have more references than a count can tell of and are kept in mind; with more, none is sure not to."""
+
 KEPT_RUNS = 16
 """Of an L2 table that are kept, so that it need not be read again."""
 
@@ -146,6 +149,8 @@ class Scan:
         """(offset in the file, right entry) of L1 entries."""
         self.not_tables: set[int] = {0}
         """Clusters that hold something that is no L2 table."""
+        self._overfull: set[int] | None = set()
+        """Clusters with more references than a count can tell of; None: too many to keep."""
         self.refcount_places: list[tuple[int, int]] = []
         """(first, count) of clusters that were counted for the refcount structures."""
         self.refcount_table: array[int] = array("Q")
@@ -193,8 +198,16 @@ class Scan:
         self._overflow(self.references.add(first, count, times), first, count)
         return True
 
+    def is_overfull(self, cluster: int) -> bool:
+        """Whether a cluster has, or may have, more references than are counted."""
+        return self._overfull is None or cluster in self._overfull
+
     def _overflow(self, lost: int, first: int, count: int) -> None:
         if lost:
+            if self._overfull is not None and len(self._overfull) + count <= MAX_OVERFULL_CLUSTERS:
+                self._overfull.update(range(first, first + count))
+            else:
+                self._overfull = None
             where = f"clusters {first} to {first + count - 1}" if count > 1 else f"cluster {first}"
             most = self.references.most
             self.findings.corruption(f"{where}: more references than a count can tell of ({most})", lost)
@@ -429,7 +442,10 @@ class Scan:
                 offset = entry & layout.REFCOUNT_BLOCK_MASK
                 self._structure(offset, self.cluster, f"entry {index} of the refcount table")
                 references = self.references.get(offset >> self.bits)
-                problem = f"{references} references to this block, expected one" if references != 1 else ""
+                if self.is_overfull(offset >> self.bits):
+                    problem = "several references to this block, expected one"
+                elif references != 1:
+                    problem = f"{references} references to this block, expected one"
             if problem:
                 self.findings.corruption(f"entry {index} of the refcount table is {entry:#x}: {problem}")
                 self.unusable = True

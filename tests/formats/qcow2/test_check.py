@@ -181,6 +181,25 @@ async def test_damage_is_found_and_mended(tmp_path: Path, kind: str) -> None:
         assert snapshot_by_qemu(path, "first") == snapshot
 
 
+@pytest.mark.parametrize("entry", [1 << 62, COPIED, COPIED | 1, COPIED | 0x10000, COPIED | 0x20000, COPIED | 0x30000])
+@pytest.mark.parametrize("bits", [1, 2, 16])
+async def test_what_is_taken_for_an_l2_table_stays_as_it_is(tmp_path: Path, bits: int, entry: int) -> None:
+    """The header, or another structure: small counts can't tell that something else refers to it as well."""
+    path = filled(tmp_path, f"refcount_bits={bits}", SIZE, snapshots=False)
+    image = Image(path)
+    image.put(image.header.l1_table_offset, entry)
+    before = path.read_bytes()
+    await checked(path, Repair.ALL)
+    after = path.read_bytes()
+    assert after[:48] == before[:48]
+    assert after[60:72] == before[60:72]  # in between, new refcount structures are told
+    assert after[80:65536] == before[80:65536]  # and before this, marks
+    run(require_tool("qemu-img"), "info", "-f", "qcow2", path)
+    l1 = image.header.l1_table_offset
+    assert Image(path).get(l1) & OFFSET_MASK == entry & OFFSET_MASK
+    assert after[l1 + 8 : l1 + 65536] == before[l1 + 8 : l1 + 65536]
+
+
 @pytest.mark.parametrize("kind", DAMAGES)
 async def test_what_qemu_mended_is_sound(tmp_path: Path, kind: str) -> None:
     # QEMU 7.2 forgets the snapshots of images with bitmaps when it repairs them: there are none here.
