@@ -93,6 +93,7 @@ class Image(LoadedTables):
                 return await self.l2_slice(number)
             words = (await self.l2_words(l1_index))[:] if entry & OFFSET_MASK else array("Q", bytes(self.cluster_size))
             run = await self.refcounts.allocate(1)
+            await self._have_room(run, words)
             if self.l1[l1_index] == entry:
                 break
             await self.refcounts.change(run.first, 1, -1)  # somebody else was quicker
@@ -108,6 +109,21 @@ class Image(LoadedTables):
             self.l2.add(at, table)
             self.l2.mark(at, 0, each)
         return self.l2.tables[number]
+
+    async def _have_room(self, run: Run, words: "array[int]") -> None:
+        """Write a new L2 table, which nothing points to yet, so that there is room for it when it is needed.
+
+        Otherwise data could fill the disk, and be lost with the table that tells of them.
+
+        Raises:
+            OSError: there is none; the cluster is given back.
+        """
+        try:
+            await self.file.write(run.first << self.cluster_bits, memoryview(to_disk(words)), 0)
+        except BaseException:
+            await self.release(run)
+            raise
+        self.fresh_from = max(self.fresh_from, run.first + 1)
 
     def drop_l2(self, l1_index: int) -> None:
         """An L1 entry leads to no L2 table any more; what that led to was given up before."""

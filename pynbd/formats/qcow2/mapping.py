@@ -56,6 +56,7 @@ class ClusterMapping:
         self.cluster = header.cluster_size
         self.extended = header.extended_l2
         self.words = header.l2_entry_words
+        self.has_data_file = header.has_data_file
         self.unit = self.cluster // SUBCLUSTERS if self.extended else self.cluster
         """What can be allocated by itself: a cluster, or a subcluster."""
         self.reach = header.l2_entries << self.bits
@@ -96,7 +97,7 @@ class ClusterMapping:
         index = (offset - base) >> self.bits
         last = ((end - 1 - base) >> self.bits) + 1
         entry = words[index]
-        kind = self.kind(entry)
+        kind = INVALID if self.has_data_file and self.is_displaced(entry, offset) else self.kind(entry)
         following = index + 1
         if kind == DATA:
             expected, step = entry + self.cluster, self.cluster
@@ -137,7 +138,7 @@ class ClusterMapping:
             return -1
         host = entry & OFFSET_MASK
         # Neither zero nor compressed, aligned, and something.
-        if entry & self.not_plain or not host:
+        if entry & self.not_plain or not host or (self.has_data_file and host != offset - within):
             return 0
         table.used = True
         return host + within
@@ -155,6 +156,7 @@ class ClusterMapping:
         slice_of, slice_bits, bits, index_mask = self._slices.get, self.slice_bits, self.bits, self.index_mask
         cluster, within_mask, not_plain = self.cluster, self.cluster - 1, self.not_plain
         fd, shift, file_size, flags, _ = file
+        has_data_file = self.has_data_file
 
         def find(offset: int, length: int) -> tuple[int, int, int] | None:
             table = slice_of(offset >> slice_bits)
@@ -167,6 +169,8 @@ class ClusterMapping:
             host = (entry & OFFSET_MASK) + within
             # Zero, compressed or not aligned; in no place; or behind the end of the file.
             if entry & not_plain or host < cluster or host + length > file_size:
+                return None
+            if has_data_file and host != offset:
                 return None
             table.used = True
             return fd, shift + host, flags
@@ -182,6 +186,8 @@ class ClusterMapping:
         entry = table.words[offset >> self.bits & self.index_mask]
         if not entry & COPIED or within + length > self.cluster or entry & self.not_plain or not entry & OFFSET_MASK:
             return 0
+        if self.has_data_file and self.is_displaced(entry, offset):
+            return 0
         table.used = True
         return (entry & OFFSET_MASK) + within
 
@@ -193,6 +199,11 @@ class ClusterMapping:
         if found is None or found.kind != DATA or not found.own or found.stop < offset + length:
             return 0
         return found.host
+
+    def is_displaced(self, entry: int, offset: int) -> bool:
+        """Whether an entry has a place in the data file, but not the one of the disk's bytes at `offset`."""
+        base = offset & -self.cluster
+        return bool(entry & self.host_mask and not entry & COMPRESSED and entry & OFFSET_MASK != base)
 
     def kind(self, entry: int) -> int:
         """What an L2 entry says, if it is not extended."""
@@ -221,6 +232,8 @@ class ClusterMapping:
         entry, bitmap = words[2 * index], words[2 * index + 1]
         kind = self.unit_kind(entry, bitmap, number)
         stop = offset - offset % unit + unit
+        if self.has_data_file and self.is_displaced(entry, offset):
+            return Piece(INVALID, min(stop, end), entry)
         if kind == PACKED:
             return Piece(kind, min(end, base + (index + 1 << self.bits)), entry)
         host, own = (entry & OFFSET_MASK) + (offset & (self.cluster - 1)), bool(entry & COPIED)
@@ -253,19 +266,30 @@ class ClusterMapping:
         while (found := self.lookup(offset, end)) is None:
             await self.load(offset)
         if found.kind == INVALID:
-            what = f"the L2 entry of the disk's bytes at {offset} is {found.host:#x}, which breaks the format's rules"
-            raise await self.image.corrupted(what)
+            raise await self._broken(found.host, offset)
         return found
 
+    async def _broken(self, entry: int, offset: int) -> OSError:
+        """The error for an entry that the image is marked as corrupt for."""
+        rule = "which breaks the format's rules"
+        if self.has_data_file and self.is_displaced(entry, offset):
+            rule = f"but in a data file they lie at {offset & -self.cluster}"
+        return await self.image.corrupted(f"the L2 entry of the disk's bytes at {offset} is {entry:#x}, {rule}")
+
     async def entry(self, offset: int) -> tuple[int, int]:
-        """(entry, bitmap) of the cluster that a byte of the disk is in; the bitmap is 0 if entries are not extended."""
+        """(entry, bitmap) of the cluster that a byte of the disk is in; the bitmap is 0 if entries are not extended.
+
+        Raises:
+            OSError: it can't be read, or is wrong.
+        """
         table = await self.load(offset)
         if table is None:
             return 0, 0
-        index = offset >> self.bits & self.index_mask
-        if self.extended:
-            return table.words[2 * index], table.words[2 * index + 1]
-        return table.words[index], 0
+        at = (offset >> self.bits & self.index_mask) * self.words
+        entry = table.words[at]
+        if self.has_data_file and self.is_displaced(entry, offset):
+            raise await self._broken(entry, offset)
+        return entry, table.words[at + 1] if self.extended else 0
 
     async def writable(self, offset: int) -> tuple[Table, int]:
         """(slice of an L2 table, index of the first word) of a cluster, to be changed before the next `await`."""
