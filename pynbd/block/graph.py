@@ -60,10 +60,13 @@ class Graph:
         shared: whether this process is one of several that have the same disks open, and another one of them has opened
             them before and holds the locks. Files are locked, but none of the others is taken for a stranger; a flush
             always has something to do, for the others write as well.
+        runs_files: whether a file name that ends in `.py` is a driver, which is run. Otherwise it is a disk like
+            others, and only `driver` names one that is run.
     """
 
-    def __init__(self, objects: Objects | None = None, *, shared: bool = False) -> None:
+    def __init__(self, objects: Objects | None = None, *, shared: bool = False, runs_files: bool = True) -> None:
         self.shared = shared
+        self.runs_files = runs_files
         self.nodes: dict[str, Node] = {}
         self.objects = Objects() if objects is None else objects
         self._foreseen: frozenset[str] = frozenset()
@@ -142,7 +145,7 @@ class Graph:
         Raises:
             OptionError: a URI is wrong.
         """
-        if trusted and registry.is_python_file(name):
+        if trusted and self.runs_files and registry.is_python_file(name):
             return {"driver": name}
         scheme = name.partition(":")[0]
         if scheme in registry.SCHEMES and ":" in name:

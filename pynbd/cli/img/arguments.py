@@ -137,7 +137,9 @@ def integer(text: str) -> int:
 
 
 def new_graph(arguments: argparse.Namespace) -> Graph:
-    """A graph with the objects of the command line.
+    """A graph with the objects of the command line, in which no file is run because of its name.
+
+    Images may have any names here, also such as somebody else gave them.
 
     Raises:
         OptionError: one of them is wrong, or options exclude each other.
@@ -148,7 +150,7 @@ def new_graph(arguments: argparse.Namespace) -> Graph:
 
     if getattr(arguments, "image_opts", False) and arguments.format:
         raise OptionError("--image-opts and -f exclude each other: write driver=FORMAT among the image options")
-    return Graph(make_objects(arguments.object))
+    return Graph(make_objects(arguments.object), runs_files=False)
 
 
 def asks_for_help(texts: Iterable[str]) -> bool:

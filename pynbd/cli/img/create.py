@@ -167,7 +167,11 @@ def option_lines(format: str, filename: str) -> Iterator[str]:
     kind = creation.format_class(format)
     assert kind.CreateOptions is not None
     yield "Supported options:" if filename else f"Supported {kind.name} options:"
-    further = creation.storage_class(Graph().storage_tree(filename)).FurtherCreateOptions if filename else None
+    further = (
+        creation.storage_class(Graph(runs_files=False).storage_tree(filename)).FurtherCreateOptions
+        if filename
+        else None
+    )
     yield from option_lines_of(kind.CreateOptions, *(() if further is None else (further,)))
     if not filename:
         yield "\nThe storage may take more options: with the name of the new image they are listed, too."

@@ -190,8 +190,20 @@ class Rebase:
 
         if data and is_zero(data):
             await self._image.backend.write_zeroes(offset, len(data), 0)
-        elif data:
+            if await self._holds(offset, len(data)):
+                return
+        if data:
             await self._image.backend.write(offset, data)
+
+    async def _holds(self, offset: int, length: int) -> bool:
+        """Whether the image itself has all of a range: one that can't note zeroes may have left them nowhere."""
+        end, below = offset + length, self._image.node.backing()
+        while offset < end:
+            for extent in await self._image.block_status(offset, end - offset, below):
+                if not extent.depth:
+                    return False
+                offset += extent.length
+        return True
 
     def _differing(self, offset: int, before: memoryview, after: memoryview) -> Iterator[tuple[int, int]]:
         """[start, end) of all pieces that are not the same, found in two steps."""
