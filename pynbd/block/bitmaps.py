@@ -4,6 +4,7 @@ A bitmap is a Python integer's worth of bits in a `bytearray`, one bit for each 
 marked before the write that made it dirty is answered.
 """
 
+import os
 from collections.abc import Iterator
 
 from pynbd.block.errors import BlockError
@@ -31,7 +32,7 @@ class DirtyBitmap:
     """
 
     def __init__(self, name: str, size: int, granularity: int = DEFAULT_GRANULARITY_BYTES) -> None:
-        if not 0 < len(name.encode()) <= MAX_NAME_BYTES:
+        if not 0 < len(os.fsencode(name)) <= MAX_NAME_BYTES:
             raise BlockError(f"bitmap name {name[:40]!r}: its length must be 1 to {MAX_NAME_BYTES} bytes")
         if granularity & (granularity - 1) or not MIN_GRANULARITY_BYTES <= granularity <= MAX_GRANULARITY_BYTES:
             raise BlockError(

@@ -32,7 +32,12 @@ def names_itself(image: str, name: str) -> bool:
         image: the image's own file name.
         name: as for `named_from`.
     """
-    if has_protocol(name) or has_protocol(image):
-        return named_from(image, name) == image
+    return same_file(named_from(image, name), image)
+
+
+def same_file(name: str, other: str) -> bool:
+    """Whether two names are of one file, by way of symbolic links as well; of URIs, whether they are the same."""
+    if has_protocol(name) or has_protocol(other):
+        return name == other
     # No Path: importing it takes longer than all this.
-    return os.path.realpath(named_from(image, name)) == os.path.realpath(image)
+    return os.path.realpath(name) == os.path.realpath(other)

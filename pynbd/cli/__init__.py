@@ -144,6 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 1 after an error that was told on stderr (argparse exits by itself, with 1 as well).
     """
+    _have_standard_streams()
     given = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # File names are bytes, and what is printed of them is to be pasted: they go out as they came in.
@@ -159,6 +160,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return status
+
+
+def _have_standard_streams() -> None:
+    """Open /dev/null for those that were closed: messages for one must not end in another, or in a disk."""
+    if None not in (sys.stdin, sys.stdout, sys.stderr):
+        return
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest number that is free: this one
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115  # as long as the process lives
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115  # so is this
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115  # and this
 
 
 def _run(given: list[str]) -> int:

@@ -197,6 +197,8 @@ class Raw(Driver):
                 raise
             if options.preallocation is not Preallocation.OFF:
                 raise
+            # The header of an image that was there before must not make it of what is one no more.
+            await file.write(0, memoryview(bytes(min(SECTOR_BYTES, file.size))), 0)
 
     @classmethod
     async def measure(cls, options: CreationOptions, source: BlockBackend | None) -> Measurement:

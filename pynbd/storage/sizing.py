@@ -94,14 +94,18 @@ def create(
             fd = os.open(filename, flags | os.O_CREAT | os.O_EXCL, NEW_FILE_MODE)
             new = True
         except FileExistsError:
+            target = os.path.realpath(filename)
+            if target != filename and not os.path.lexists(target):  # a symbolic link that leads to no file yet
+                return create(target, size, preallocation, locking, no_cow=no_cow, extent_size_hint=extent_size_hint)
             opening.check_kind(filename, os.stat(filename).st_mode, device=False)  # noqa: PTH116  # keeps the name
             fd, new = os.open(filename, flags), False
     except (OSError, ValueError) as problem:
         raise opening.explained(filename, problem, verb="create") from problem
     try:
         if locking != "off":
-            changing = Permission.WRITE | Permission.RESIZE
-            FileLocks(fd, filename, required=locking == "on").prepare(changing, Permission.ALL & ~Permission.RESIZE)
+            # As strict as whoever writes it right after: what is refused then must not be empty already.
+            held = Permission.CONSISTENT_READ | Permission.WRITE | Permission.RESIZE
+            FileLocks(fd, filename, required=locking == "on").prepare(held, Permission.CONSISTENT_READ)
         try:
             os.ftruncate(fd, 0)
             said = _set_attributes(fd, no_cow=no_cow, extent_size_hint=extent_size_hint)

@@ -12,6 +12,7 @@ import pytest
 
 from pynbd import __version__
 from pynbd.cli import VERBS, main
+from tests.cli.pynbd_command import PYNBD
 from tests.peers import ROOT
 
 HEAVY = ("asyncio", "construct", "logging", "msgspec", "nbd_protocol", "pynbd.block", "rich", "tempfile")
@@ -127,3 +128,20 @@ def test_the_manual_of_serve_names_every_option(capsys: pytest.CaptureFixture[st
         "--help",
         "-h",
     ]
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams(closed: str, tmp_path: Path) -> None:
+    """The work is done, and what would go to one of them goes nowhere else."""
+    command = f'"$@" img convert -p -O raw source.raw copy.raw {closed}'
+    (tmp_path / "source.raw").write_bytes(b"x" * (1 << 20))
+    ended = subprocess.run(
+        ["sh", "-c", command, "sh", *PYNBD], cwd=tmp_path, capture_output=True, timeout=60, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert (tmp_path / "copy.raw").read_bytes() == b"x" * (1 << 20)
+    failing = f'"$@" img info missing.raw {closed}'
+    ended = subprocess.run(
+        ["sh", "-c", failing, "sh", *PYNBD], cwd=tmp_path, capture_output=True, timeout=60, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (1, b"")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pynbd.cli.img import arguments as common
@@ -48,7 +47,7 @@ async def run(arguments: argparse.Namespace) -> int:
     below = await backing_trees(graph, tree)
     if not below:
         raise BlockError(f"{filename}: the image has no backing file")
-    depth = _depth(below, arguments.base, filename)
+    depth = _depth(tree, below, arguments.base, filename)
     interruption = Interruption()
     with interruption.listening(), Progress(wanted=arguments.progress and not arguments.quiet) as progress:
         progress.tell(0)
@@ -60,21 +59,28 @@ async def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _depth(below: Sequence[dict[str, Any]], base: str | None, filename: str) -> int:
-    """Which of the backing files is meant.
+def _depth(tree: Mapping[str, Any], below: Sequence[Mapping[str, Any]], base: str | None, filename: str) -> int:
+    """Which of the backing files is meant: a relative name starts from the image right above, as it does inside that.
 
     Raises:
         BlockError: none is.
     """
     from pynbd.block.errors import BlockError
+    from pynbd.block.image_names import named_from, same_file
 
     if base is None:
         return 0
-    for depth, tree in enumerate(below):
-        name = tree.get("file", tree).get("filename")
-        if name == base or (name is not None and os.path.realpath(name) == os.path.realpath(base)):
+    above = _filename(tree)
+    for depth, one in enumerate(below):
+        name = _filename(one)
+        if name and same_file(named_from(above, base), name):
             return depth
+        above = name
     raise BlockError(f"{base!r} is not among the backing files of {filename}")
+
+
+def _filename(tree: Mapping[str, Any]) -> str:
+    return str(tree.get("file", tree).get("filename", ""))
 
 
 async def _open(

@@ -11,7 +11,7 @@ import msgspec
 
 from pynbd.block import options as opt
 from pynbd.block.driver import Preallocation
-from pynbd.block.errors import OptionError
+from pynbd.block.errors import BlockError, OptionError
 from pynbd.block.families import Progress
 from pynbd.block.options import OnOff, Size
 from pynbd.formats.qcow2 import downgrade, layout, resizing
@@ -25,6 +25,13 @@ from pynbd.formats.qcow2.tables import to_disk
 
 if TYPE_CHECKING:
     from pynbd.formats.qcow2.driver import Qcow2
+
+
+SPARE_CLUSTERS = 64
+"""So many clusters more than are in use can be counted with a new width: for what is taken meanwhile."""
+
+MAX_TRIES = 8
+"""How often room for the counts is looked for, when more than the spare clusters were taken meanwhile."""
 
 
 class Qcow2AmendOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -160,16 +167,7 @@ async def change_refcount_bits(driver: "Qcow2", bits: int, progress: Progress) -
     await image.commit_all()
     old = image.refcounts
     order = bits.bit_length() - 1
-    used = await _clusters_in_use(old, (1 << bits) - 1)
-    width, header.refcount_order = header.refcount_order, order
-    # Those that count are counted as well, and taking them may take more blocks of the old width.
-    table, blocks = counting_clusters(header, used + 64)
-    header.refcount_order = width
-    offset = await image.allocate_metadata(Kind.REFCOUNT_TABLE, (table + blocks) * image.cluster_size)
-    image.metadata.forget((offset >> image.cluster_bits) + table, blocks)
-    image.metadata.note(Kind.REFCOUNT_BLOCK, offset + table * image.cluster_size, blocks * image.cluster_size)
-    await image.commit_all()
-    await image.write_counts_now()
+    offset, table, blocks = await _room_for_counts(driver, order)
     entries = await _write_counts(driver, old, order, offset + table * image.cluster_size, blocks, progress)
     data = to_disk(entries).ljust(table * image.cluster_size, b"\0")
     await image.write_metadata(Kind.REFCOUNT_TABLE, offset, data)
@@ -183,6 +181,38 @@ async def change_refcount_bits(driver: "Qcow2", bits: int, progress: Progress) -
     for place, length in gone:
         image.given_up.add(place, length, Cause.OTHER, structure=True)
     await image.commit_all()
+
+
+async def _room_for_counts(driver: "Qcow2", order: int) -> tuple[int, int, int]:
+    """Take clusters for a table and blocks of another width that count all clusters, themselves among them.
+
+    Returns:
+        (offset in bytes, clusters of the table, of the blocks); the blocks follow the table.
+
+    Raises:
+        OptionError: a count does not fit.
+        BlockError: no size was found that is enough; nothing was taken.
+    """
+    image, header = driver.image, driver.header
+    most, per_block = (1 << (1 << order)) - 1, image.cluster_size * 8 >> order
+    used, spare = await _clusters_in_use(image.refcounts, most), SPARE_CLUSTERS
+    for _ in range(MAX_TRIES):
+        width, header.refcount_order = header.refcount_order, order
+        table, blocks = counting_clusters(header, used + spare)
+        header.refcount_order = width
+        offset = await image.allocate_metadata(Kind.REFCOUNT_TABLE, (table + blocks) * image.cluster_size)
+        await image.commit_all()
+        await image.write_counts_now()
+        end = await _clusters_in_use(image.refcounts, most)
+        if end <= blocks * per_block:
+            image.metadata.forget((offset >> image.cluster_bits) + table, blocks)
+            image.metadata.note(Kind.REFCOUNT_BLOCK, offset + table * image.cluster_size, blocks * image.cluster_size)
+            return offset, table, blocks
+        await image.release_metadata(offset, (table + blocks) * image.cluster_size)
+        # Those that count are counted as well: taking them took more blocks of the old width, and a longer table.
+        used, spare = end, max(spare, 2 * (end - used - table - blocks))
+    await image.commit_all()
+    raise BlockError(f"{driver.image_name}: no room was found that is enough for counts of {1 << order} bits")
 
 
 async def _clusters_in_use(counts: Refcounts, most: int) -> int:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.img.chains import make_chain, qemu, shown
-from tests.cli.img.side_by_side import ok, qemu_img, same
+from tests.cli.img.chains import make_chain, qemu, qemu_io, shown
+from tests.cli.img.side_by_side import failure, ok, qemu_img, same
 
 
 @pytest.mark.parametrize(
@@ -69,3 +69,17 @@ def test_a_base_under_another_name(folder: Path) -> None:
     content = make_chain()
     ok("commit", "-b", "./mid.qcow2", "top.qcow2")
     assert shown("mid.qcow2") == content
+
+
+def test_a_relative_base_starts_from_the_image_above(folder: Path) -> None:
+    """As it does inside that image, not from where the command is given: another image may have that name there."""
+    Path("below").mkdir()
+    qemu("create", "-q", "-f", "qcow2", "base.qcow2", "1M")
+    qemu("create", "-q", "-f", "qcow2", "-b", "../base.qcow2", "-F", "qcow2", "below/base.qcow2")
+    qemu("create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "below/top.qcow2")
+    qemu_io("below/top.qcow2", "write -P 5 0 64k")
+    before = Path("base.qcow2").read_bytes()
+    assert "is not among the backing files" in failure("commit", "-b", "below/base.qcow2", "below/top.qcow2")
+    ok("commit", "-b", "base.qcow2", "below/top.qcow2")
+    assert Path("base.qcow2").read_bytes() == before
+    assert shown("below/base.qcow2")[: 64 << 10] == b"\5" * (64 << 10)

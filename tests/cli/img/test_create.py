@@ -86,6 +86,14 @@ def test_a_file_that_is_there_is_overwritten(disk: Path) -> None:
     assert disk.read_bytes() == bytes(1 << 20)
 
 
+def test_a_link_to_what_is_not_there_yet(folder: Path) -> None:
+    """The file that it names is made."""
+    Path("link.raw").symlink_to("target.raw")
+    ok("create", "link.raw", "1M")
+    assert Path("target.raw").stat().st_size == 1 << 20
+    assert Path("link.raw").is_symlink()
+
+
 def test_luks(folder: Path) -> None:
     """Options of a format, and an object that they refer to; qemu-img opens what was made."""
     options = "key-secret=s,iter-time=10,cipher-alg=aes-128"

@@ -84,3 +84,23 @@ def test_what_is_refused(holder: str, image: str, folder: Path) -> None:
             assert (theirs.status, ours.status) == (1, 1), (words, ours, theirs)
             assert "lock" in ours.err or "-U" in words
             assert {path: path.read_bytes() for path in folder.glob("*.qcow2")} == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "create -f raw disk.raw 2M",
+        "convert -O raw base.qcow2 disk.raw",
+        "dd if=base.qcow2 of=disk.raw",
+        "create -f qcow2 -o data_file=disk.raw new.qcow2 1M",
+    ],
+)
+def test_what_is_refused_is_not_emptied(command: str, folder: Path) -> None:
+    """A raw disk that a reader has open, which lets nobody write."""
+    make_chain()
+    Path("disk.raw").write_bytes(b"x" * (1 << 20))
+    with peers.qemu_nbd("disk.raw", "-f", "raw", "-r"):
+        ending = img(*command.split())
+    assert ending.status == 1, ending
+    assert "lock" in ending.err
+    assert Path("disk.raw").read_bytes() == b"x" * (1 << 20)

@@ -10,6 +10,7 @@ import pytest
 
 from tests.cli.img.chains import qemu, qemu_io, shown
 from tests.cli.img.side_by_side import img, ok, qemu_img, same
+from tests.cli.pynbd_command import PYNBD
 from tests.formats.qcow2.dirty_extents import dirty_over_nbd, told_by_qemu
 from tests.peers import qemu_nbd, require_tool
 
@@ -235,3 +236,21 @@ def test_info_tells_of_bitmaps_as_qemu_does(image: Path) -> None:
     same("info", "a.qcow2")
     same("info", "--output=json", "a.qcow2")
     same("measure", "-O", "qcow2", "a.qcow2")
+
+
+def test_a_name_that_is_no_text(folder: Path) -> None:
+    """Names are bytes, to QEMU: others than UTF-8 are told as they are."""
+    name = b"b\xff".decode(errors="surrogateescape")
+    qemu("create", "-q", "-f", "qcow2", "disk.qcow2", "1M")
+    qemu("bitmap", "--add", "disk.qcow2", name)
+    assert told(*PYNBD, "img") == told(require_tool("qemu-img"))
+    ok("map", "disk.qcow2")
+    ok("convert", "-O", "raw", "disk.qcow2", "disk.raw")
+    ok("bitmap", "--add", "disk.qcow2", f"{name}2")
+    ok("bitmap", "--remove", "disk.qcow2", name)
+    assert b"name: b\xff2" in told(require_tool("qemu-img"))
+
+
+def told(*program: str) -> bytes:
+    """What is printed of `disk.qcow2`."""
+    return subprocess.run([*program, "info", "disk.qcow2"], capture_output=True, timeout=60, check=True).stdout
