@@ -235,6 +235,10 @@ class Driver:
     """It is opened only to be checked or mended (QEMU's BDRV_O_CHECK): what a check would find is no reason to refuse,
     and nothing is mended unasked. Drivers of the family `Checkable` look at it.
     """
+    for_info: bool = False
+    """It is opened only to be described (QEMU's BDRV_O_NO_IO): nothing of the disk is read, and no file that an image
+    names need be there, or is even looked at.
+    """
 
     node: "Node"
 

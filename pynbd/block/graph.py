@@ -50,6 +50,7 @@ class Plan(NamedTuple):
     forbidden: frozenset[str] = frozenset()
     """Children that are not to be opened, although the image may name them (`backing=null`)."""
     for_check: bool = False
+    for_info: bool = False
 
 
 class Graph:
@@ -81,6 +82,7 @@ class Graph:
         format: str = "",
         trusted: bool = True,
         for_check: bool = False,
+        for_info: bool = False,
         above: tuple[str, ...] = (),
         **defaults: Any,
     ) -> Node:
@@ -91,6 +93,7 @@ class Graph:
             format: the format of an image that is given by name; probed if empty.
             trusted: whether a person wrote it. What an image names opens only drivers of an allow-list.
             for_check: whether the top node is opened only to be checked or mended (see `Driver.for_check`).
+            for_info: whether it is opened only to be described (see `Driver.for_info`).
             above: the file names of the images that are being opened on top of it.
             defaults: options of the top node (`read_only=True`); a trusted description may override them.
 
@@ -102,9 +105,9 @@ class Graph:
         given = {name.replace("_", "-"): value for name, value in defaults.items()}
         tree = given | tree if trusted else tree | given
         if "driver" not in tree:
-            return await self._open_probed(tree, trusted=trusted, for_check=for_check, above=above)
+            return await self._open_probed(tree, trusted=trusted, for_check=for_check, for_info=for_info, above=above)
         plan = self._plan(tree, "", trusted=trusted, depth=0)
-        return await self._open_plan(plan._replace(for_check=for_check), above)
+        return await self._open_plan(plan._replace(for_check=for_check, for_info=for_info), above)
 
     def describe(
         self, description: str | Mapping[str, Any], *, format: str = "", trusted: bool = True
@@ -160,7 +163,7 @@ class Graph:
         return {"driver": device.name if device.probe_device(name) else "file", "filename": name}
 
     async def _open_probed(
-        self, tree: dict[str, Any], *, trusted: bool, for_check: bool, above: tuple[str, ...]
+        self, tree: dict[str, Any], *, trusted: bool, for_check: bool, for_info: bool, above: tuple[str, ...]
     ) -> Node:
         """Open an image whose format nobody said."""
         if "file" not in tree:
@@ -171,7 +174,7 @@ class Graph:
             head = await probing.read_head(storage)
             name = probing.probe_format(head, storage.filename() or storage.name)
             top = self._plan({**tree, "driver": name, "file": storage}, "", trusted=trusted, depth=0)
-            node = await self._open_plan(top._replace(for_check=for_check), above)
+            node = await self._open_plan(top._replace(for_check=for_check, for_info=for_info), above)
         except BaseException:
             if not isinstance(plan, Node):
                 await self._close_unused([storage])
@@ -299,7 +302,7 @@ class Graph:
     async def _open_driver(self, node: Node, plan: Plan, children: Mapping[str, Node], above: tuple[str, ...]) -> None:
         """Join a new node to its children, and open its driver; if that fails, the children are as before."""
         driver = node.driver
-        driver.for_check = plan.for_check
+        driver.for_check, driver.for_info = plan.for_check, plan.for_info
         named: dict[str, Node] = {}
         try:
             self._join(node, plan, children)

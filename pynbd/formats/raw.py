@@ -197,8 +197,11 @@ class Raw(Driver):
                 raise
             if options.preallocation is not Preallocation.OFF:
                 raise
-            # The header of an image that was there before must not make it of what is one no more.
-            await file.write(0, memoryview(bytes(min(SECTOR_BYTES, file.size))), 0)
+        # Where nothing can be emptied (as above), an old image's header would make one of what is none any more.
+        head = bytearray(min(SECTOR_BYTES, file.size))
+        await file.read(0, memoryview(head))
+        if any(head):
+            await file.write(0, memoryview(bytes(len(head))), 0)
 
     @classmethod
     async def measure(cls, options: CreationOptions, source: BlockBackend | None) -> Measurement:

@@ -13,6 +13,7 @@ from pynbd.block.errors import BlockError, OptionError, PermissionConflict
 from pynbd.block.graph import Graph
 from pynbd.block.permissions import Permission
 from pynbd.block.requests import RequestFlag
+from pynbd.cli import main
 from pynbd.storage import linux
 from pynbd.storage.file import FileOptions, HostDevice
 from tests.peers import CommandError, require_tool, run
@@ -188,3 +189,21 @@ async def test_unreadable_sectors_are_errors(tmp_path: Path, open_disk: OpenDisk
                 await backend.read(3 << 19, into)
             assert caught.value.errno == errno.EIO
     assert linux.PAGE_BYTES >= 4096
+
+
+def test_a_raw_disk_on_a_device_shows_nothing_of_what_was_there(device: Path) -> None:
+    """An old image's header would be taken for the new disk's."""
+    with device.open("r+b") as disk:
+        disk.write(b"QFI\xfb" + b"x" * 1020)
+    assert main(["img", "create", "-q", "-f", "raw", str(device), "1M"]) == 0
+    with device.open("rb") as disk:
+        assert disk.read(1024) == bytes(512) + b"x" * 512
+
+
+def test_a_data_file_may_be_a_device(device: Path, tmp_path: Path) -> None:
+    image = tmp_path / "disk.qcow2"
+    run(require_tool("qemu-img"), "create", "-q", "-f", "qcow2", "-o", f"data_file={device}", image, "1M")
+    run(require_tool("qemu-io"), "-f", "qcow2", "-c", "write -P 3 0 64k", image)
+    copy = tmp_path / "copy.raw"
+    assert main(["img", "convert", "-O", "raw", str(image), str(copy)]) == 0
+    assert copy.read_bytes() == b"\3" * 65536 + bytes((1 << 20) - 65536)

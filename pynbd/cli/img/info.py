@@ -51,7 +51,7 @@ async def _chain(graph: Graph, tree: Mapping[str, Any], arguments: argparse.Name
     trusted = True
     while True:
         async with open_node(
-            graph, {"backing": None, **tree}, force_share=arguments.force_share, trusted=trusted
+            graph, {"backing": None, **tree}, force_share=arguments.force_share, trusted=trusted, for_info=True
         ) as node:
             info = await facts(node)
         if info["filename"] in seen or len(seen) >= MAX_CHAIN:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 
+from pynbd.block import registry
 from pynbd.block.backend import BlockBackend
 from pynbd.block.driver import ChildSpec, CreationOptions, HostWriter, ImageInfo, Preallocation
 from pynbd.block.errors import BlockError, OptionError, PermissionConflict, io_error
@@ -121,9 +122,13 @@ class Qcow2(ClusterReader):
         named: dict[str, Any] = {}
         if header.backing_file:
             named["backing"] = self._description(header.backing_file, header.backing_format)
-        if header.has_data_file and header.data_file:
+        if header.has_data_file and self.for_info:
+            named["data-file"] = {"driver": "null", "size": 0}
+        elif header.has_data_file and header.data_file:
             # Unlike that of a backing file, QEMU takes its name as it is, wherever the image lies.
-            named["data-file"] = {"driver": "file", "filename": header.data_file}
+            device = registry.driver_class("host_device")
+            kind = device.name if device.probe_device(header.data_file) else "file"
+            named["data-file"] = {"driver": kind, "filename": header.data_file}
         return named
 
     def _description(self, name: str, format: str | None) -> Any:
@@ -387,7 +392,7 @@ class Qcow2(ClusterReader):
 
     async def allocated_size(self) -> int | None:
         own = await self.file.node.allocated_size()
-        if "data-file" not in self.node.children:
+        if "data-file" not in self.node.children or self.for_info:
             return own
         other = await self.child("data-file").node.allocated_size()
         return None if own is None or other is None else own + other

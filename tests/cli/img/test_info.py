@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from pynbd.cli.img import qemu_json
 from pynbd.cli.img.sizes import size_text
 from tests import peers
+from tests.cli.img.chains import qemu
 from tests.cli.img.side_by_side import failure, ok, qemu_img, same
 from tests.conftest import DiskMaker
 
@@ -113,3 +115,15 @@ def test_names_with_letters_that_json_escapes(folder: Path) -> None:
     for name in ("é€\U0001f600\x07.raw", "a\\u00e9.raw", "a\\é.raw"):
         Path(name).write_bytes(bytes(512))
         same("info", "--output=json", name)
+
+
+@pytest.mark.parametrize("kind", ["a file", "a pipe", "nothing"])
+def test_data_files_are_not_looked_at(kind: str, folder: Path) -> None:
+    """What an image names is described as it is named, whatever it is: nothing of it is opened."""
+    qemu("create", "-q", "-f", "qcow2", "-o", "data_file=data.raw", "disk.qcow2", "1M")
+    if kind != "a file":
+        Path("data.raw").unlink()
+    if kind == "a pipe":
+        os.mkfifo("data.raw")
+    for options in ((), ("--output=json",), ("--backing-chain",)):
+        assert "data.raw" in same("info", *options, "disk.qcow2")
