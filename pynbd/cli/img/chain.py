@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from pynbd.block.errors import BlockError
 from pynbd.block.families import Backed
@@ -14,8 +14,20 @@ from pynbd.block.node import Node
 from pynbd.cli.img.images import open_node
 
 
-def describe_backing(graph: Graph, node: Node) -> dict[str, Any] | None:
-    """The tree of the backing file that an image names; None if it names none.
+class BackingFile(NamedTuple):
+    """A backing file.
+
+    Args:
+        name: as it stands in the image that names it.
+        tree: how it is opened, without its own backing file.
+    """
+
+    name: str
+    tree: dict[str, Any]
+
+
+def describe_backing(graph: Graph, node: Node) -> BackingFile | None:
+    """The backing file that an image names; None if it names none.
 
     Raises:
         OptionError: it can't be understood.
@@ -25,18 +37,19 @@ def describe_backing(graph: Graph, node: Node) -> dict[str, Any] | None:
     name, name_format = node.driver.backing_name()
     if not name:
         return None
-    return graph.describe(named_from(node.filename(), name), format=name_format, trusted=False)
+    tree = graph.describe(named_from(node.filename(), name), format=name_format, trusted=False)
+    return BackingFile(name, tree)
 
 
-async def backing_trees(graph: Graph, tree: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The trees of all backing files of an image, each without its own backing file, from the top down.
+async def backing_files(graph: Graph, tree: Mapping[str, Any]) -> list[BackingFile]:
+    """All backing files of an image, from the top down.
 
     Raises:
         OSError, BlockError: one can't be opened, or there are too many.
     """
     from pynbd.block.chains import MAX_CHAIN_DEPTH
 
-    found: list[dict[str, Any]] = []
+    found: list[BackingFile] = []
     below: Mapping[str, Any] | None = tree
     while below is not None:
         if len(found) > MAX_CHAIN_DEPTH:
@@ -46,7 +59,7 @@ async def backing_trees(graph: Graph, tree: Mapping[str, Any]) -> list[dict[str,
         if backing is None:
             return found
         found.append(backing)
-        below = backing
+        below = backing.tree
     return found
 
 

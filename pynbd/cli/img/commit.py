@@ -12,6 +12,7 @@ from pynbd.cli.img import arguments as common
 if TYPE_CHECKING:
     from pynbd.block.graph import Graph
     from pynbd.block.node import Node
+    from pynbd.cli.img.chain import BackingFile
     from pynbd.cli.interruption import Interruption
     from pynbd.cli.progress import Progress
 
@@ -35,7 +36,7 @@ async def run(arguments: argparse.Namespace) -> int:
     """Carry the verb out; its exit status."""
     from pynbd.block.errors import BlockError
     from pynbd.block.options import parse_size
-    from pynbd.cli.img.chain import backing_trees
+    from pynbd.cli.img.chain import backing_files
     from pynbd.cli.img.images import describe
     from pynbd.cli.interruption import Interruption
     from pynbd.cli.progress import Progress
@@ -44,23 +45,26 @@ async def run(arguments: argparse.Namespace) -> int:
     rate = parse_size(arguments.rate, what="-r") if arguments.rate is not None else 0
     (filename,) = common.expect(arguments.words, 1, "one image file name")
     tree = describe(graph, filename, arguments.format, image_opts=arguments.image_opts)
-    below = await backing_trees(graph, tree)
+    below = await backing_files(graph, tree)
     if not below:
         raise BlockError(f"{filename}: the image has no backing file")
     depth = _depth(tree, below, arguments.base, filename)
+    trees = [one.tree for one in below]
     interruption = Interruption()
     with interruption.listening(), Progress(wanted=arguments.progress and not arguments.quiet) as progress:
         progress.tell(0)
         async with contextlib.AsyncExitStack() as opened:
-            base, top = await _open(graph, tree, below, depth, arguments.cache, opened)
+            base, top = await _open(graph, tree, trees, depth, arguments.cache, opened)
             await _commit(graph, arguments, top, base, rate, interruption, progress)
     if not arguments.quiet:
         print("Image committed.")
     return 0
 
 
-def _depth(tree: Mapping[str, Any], below: Sequence[Mapping[str, Any]], base: str | None, filename: str) -> int:
-    """Which of the backing files is meant: a relative name starts from the image right above, as it does inside that.
+def _depth(tree: Mapping[str, Any], below: Sequence[BackingFile], base: str | None, filename: str) -> int:
+    """Which of the backing files is meant: the first that the image right above has by that name.
+
+    It is the name that stands in that image, or another one of the same file, which starts from where that image is.
 
     Raises:
         BlockError: none is.
@@ -72,8 +76,8 @@ def _depth(tree: Mapping[str, Any], below: Sequence[Mapping[str, Any]], base: st
         return 0
     above = _filename(tree)
     for depth, one in enumerate(below):
-        name = _filename(one)
-        if name and same_file(named_from(above, base), name):
+        name = _filename(one.tree)
+        if base == one.name or (name and same_file(named_from(above, base), name)):
             return depth
         above = name
     raise BlockError(f"{base!r} is not among the backing files of {filename}")

@@ -83,3 +83,14 @@ def test_a_relative_base_starts_from_the_image_above(folder: Path) -> None:
     ok("commit", "-b", "base.qcow2", "below/top.qcow2")
     assert Path("base.qcow2").read_bytes() == before
     assert shown("below/base.qcow2")[: 64 << 10] == b"\5" * (64 << 10)
+
+
+def test_a_base_by_the_name_that_stands_in_the_image(folder: Path) -> None:
+    """Also where that is no path."""
+    qemu("create", "-q", "-f", "qcow2", "base.qcow2", "1M")
+    name = f"file:{folder / 'base.qcow2'}"
+    qemu("create", "-q", "-f", "qcow2", "-b", name, "-F", "qcow2", "top.qcow2")
+    for letter, commit in ((b"\5", ok), (b"\6", same)):
+        qemu_io("top.qcow2", f"write -P {letter[0]} 0 64k")
+        commit("commit", "-q", "-b", name, "top.qcow2")
+        assert shown("base.qcow2")[: 64 << 10] == letter * (64 << 10)
