@@ -37,6 +37,18 @@ SECTOR_BYTES = 512
 """New disks end with a whole sector, as QEMU's do."""
 
 
+async def erase_header(file: BlockBackend) -> None:
+    """Let a new raw disk not look like the image that was there before, where that could not be emptied.
+
+    Raises:
+        OSError: it can't be read or written.
+    """
+    head = bytearray(min(SECTOR_BYTES, file.size))
+    await file.read(0, memoryview(head))
+    if any(head):
+        await file.write(0, memoryview(bytes(len(head))))
+
+
 class RawOptions(NodeOptions, frozen=True, kw_only=True):
     """Options of the driver `raw`.
 
@@ -197,11 +209,7 @@ class Raw(Driver):
                 raise
             if options.preallocation is not Preallocation.OFF:
                 raise
-        # Where nothing can be emptied (as above), an old image's header would make one of what is none any more.
-        head = bytearray(min(SECTOR_BYTES, file.size))
-        await file.read(0, memoryview(head))
-        if any(head):
-            await file.write(0, memoryview(bytes(len(head))), 0)
+        await erase_header(file)
 
     @classmethod
     async def measure(cls, options: CreationOptions, source: BlockBackend | None) -> Measurement:

@@ -16,6 +16,7 @@ from pynbd.block.requests import RequestFlag
 from pynbd.cli import main
 from pynbd.storage import linux
 from pynbd.storage.file import FileOptions, HostDevice
+from tests.cli.pynbd_command import PYNBD
 from tests.peers import CommandError, require_tool, run
 from tests.storage.conftest import OpenDisk, loop_device
 
@@ -207,3 +208,14 @@ def test_a_data_file_may_be_a_device(device: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.raw"
     assert main(["img", "convert", "-O", "raw", str(image), str(copy)]) == 0
     assert copy.read_bytes() == b"\3" * 65536 + bytes((1 << 20) - 65536)
+
+
+def test_a_data_file_on_a_device_shows_nothing_of_what_was_there(device: Path, tmp_path: Path) -> None:
+    """It would be taken for the old image else, where it is opened without the new one."""
+    for number, program in enumerate(([require_tool("qemu-img")], [*PYNBD, "img"])):
+        with device.open("r+b") as disk:
+            disk.write(b"QFI\xfb" + b"x" * 1020)
+        image = tmp_path / f"disk{number}.qcow2"
+        run(*program, "create", "-q", "-f", "qcow2", "-o", f"data_file={device}", image, "1M")
+        with device.open("rb") as disk:
+            assert disk.read(1024) == bytes(512) + b"x" * 512

@@ -231,7 +231,10 @@ class Writing:
         await self._write_l1()
         await self._write_l2()
         if data_file is not None:
+            from pynbd.formats.raw import erase_header
+
             await _resize(data_file, self.header.size)
+            await erase_header(data_file)
             await fill(data_file, 0, self.header.size, preallocation)
         elif plan.data:
             await fill(self.file, self.data_at, plan.data * cluster, preallocation)
