@@ -173,7 +173,7 @@ def _have_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # it gets the lowest number that is free: this one
     sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115  # as long as the process lives
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115  # so is this
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115  # and this
+    sys.stderr = sys.stderr or open(2, "w", errors="backslashreplace", closefd=False)  # noqa: SIM115  # and this
 
 
 def _run(given: list[str]) -> int:

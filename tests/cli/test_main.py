@@ -145,3 +145,10 @@ def test_closed_standard_streams(closed: str, tmp_path: Path) -> None:
         ["sh", "-c", failing, "sh", *PYNBD], cwd=tmp_path, capture_output=True, timeout=60, check=False
     )
     assert (ended.returncode, ended.stdout) == (1, b"")
+
+
+def test_a_name_that_is_no_text_where_no_errors_are_read() -> None:
+    """It is an error like others, with its exit status, though stderr is closed."""
+    command = ["sh", "-c", '"$@" img compare "$(printf "b\\377")" missing.raw 2>&-', "sh", *PYNBD]
+    ended = subprocess.run(command, capture_output=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (2, b"")
