@@ -167,15 +167,19 @@ async def _new_storage(
 
 @contextlib.contextmanager
 def removed_after_failure(new: NewImage) -> Iterator[None]:
-    """Remove the files of a new image if the block fails, as far as they were not there before it."""
+    """Remove the files of a new image if the block fails, as far as they were not there before it.
+
+    Of a symbolic link to a file that was not there, that file is removed, and the link stays.
+    """
     names = [new.storage.get("filename"), getattr(new.options, "data_file", None)]
-    fresh = [name for name in names if isinstance(name, str) and name and not os.path.lexists(name)]
+    files = [os.path.realpath(name) for name in names if isinstance(name, str) and name]
+    fresh = [file for file in files if not os.path.lexists(file)]
     try:
         yield
     except BaseException:
-        for name in fresh:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)  # noqa: PTH108  # importing pathlib takes longer than all this
+        for file in fresh:
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                os.unlink(file)  # noqa: PTH108  # importing pathlib takes longer than all this
         raise
 
 

@@ -136,6 +136,17 @@ def test_nothing_half_made_is_left(folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
+def test_nothing_half_made_is_left_behind_a_link(folder: Path) -> None:
+    """The link itself was there before."""
+    for link in ("link.qcow2", "again.qcow2"):
+        Path(link).symlink_to("target.qcow2")
+    Path("loop.raw").symlink_to("loop.raw")
+    assert "missing/data" in failure("create", "-q", "-f", "qcow2", "-o", "data_file=missing/data", "link.qcow2", "1M")
+    assert "missing" in failure("create", "-q", "-f", "qcow2", "-o", "data_file=again.qcow2", "missing/disk", "1M")
+    assert "symbolic links" in failure("create", "-q", "loop.raw", "1M")
+    assert sorted(path.name for path in folder.iterdir()) == ["again.qcow2", "link.qcow2", "loop.raw"]
+
+
 def test_into_what_can_not_be_resized(disk: Path) -> None:
     """A server's export that is large enough will do."""
     with peers.qemu_nbd(disk) as server:
