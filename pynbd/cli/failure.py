@@ -3,12 +3,13 @@
 import asyncio
 import logging
 import os
+import signal
 import sys
 from collections.abc import Coroutine
 from typing import Any
 
-INTERRUPTED = 130
-"""The exit status of a command that was ended from the keyboard, as shells have it."""
+SIGNALLED = 128
+"""The exit status of a command that was ended by a signal, less the signal's number, as shells have it."""
 
 
 def told(problem: BaseException) -> str:
@@ -39,6 +40,7 @@ def complete(verb: str, work: Coroutine[Any, Any, int], *, failed: int = 1) -> i
         failed: the exit status after a failure.
     """
     from pynbd.block.errors import BlockError
+    from pynbd.cli.interruption import Interrupted
 
     # What is logged on the way to a failure would be more than the one line.
     logging.getLogger("pynbd").addHandler(logging.NullHandler())
@@ -51,5 +53,9 @@ def complete(verb: str, work: Coroutine[Any, Any, int], *, failed: int = 1) -> i
     except (OSError, BlockError) as problem:
         print(f"pynbd {verb}: {told(problem)}", file=sys.stderr)
         return failed
+    except Interrupted as end:
+        if str(end):
+            print(f"pynbd {verb}: {told(end)}", file=sys.stderr)
+        return SIGNALLED + end.number
     except (KeyboardInterrupt, asyncio.CancelledError):
-        return INTERRUPTED
+        return SIGNALLED + signal.SIGINT

@@ -2,10 +2,15 @@
 
 import asyncio
 import signal
+import socket
+import subprocess
+from pathlib import Path
 
 import pytest
 
-from pynbd.cli.interruption import Interruption
+from pynbd.cli.interruption import Interrupted, Interruption
+from tests import peers
+from tests.cli.pynbd_command import PYNBD
 
 FLOOD = 5000
 """Signals: more than a socket holds bytes, each of which takes a buffer of its own."""
@@ -29,10 +34,11 @@ def test_a_flood_of_others_hides_none(number: signal.Signals, capfd: pytest.Capt
 
     before = signal.signal(signal.SIGUSR1, ask)
     try:
-        with pytest.raises(asyncio.CancelledError):
+        with pytest.raises(Interrupted) as caught:
             asyncio.run(copy())
     finally:
         signal.signal(signal.SIGUSR1, before)
+    assert caught.value.number == number
     assert asked == FLOOD
     assert capfd.readouterr().err == ""
 
@@ -63,3 +69,59 @@ def test_signals_are_let_through_where_no_handler_can_be_had(monkeypatch: pytest
     with pytest.raises(RuntimeError, match="main thread"):
         asyncio.run(copy())
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+
+
+def test_who_is_cancelled_by_others_stays_cancelled() -> None:
+    """No signal has come."""
+
+    async def copy() -> None:
+        with Interruption().listening():
+            raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(copy())
+
+
+def status_after(process: subprocess.Popen[bytes], number: signal.Signals) -> tuple[int, bytes]:
+    """The exit status of a process after a signal, and what it said on stderr."""
+    process.send_signal(number)
+    _, err = process.communicate(timeout=peers.COMMAND_LIMIT_S)
+    return process.returncode, err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("verb", ["convert", "commit", "dd"])
+def test_the_status_tells_which_signal_ended_a_copy(verb: str, number: signal.Signals, tmp_path: Path) -> None:
+    """As with qemu-img, which it kills; but nothing half-made is left, and what is left is told."""
+    image, target = tmp_path / "top.qcow2", tmp_path / "target.raw"
+    qemu_img = peers.require_tool("qemu-img", package="qemu-utils")
+    if verb == "commit":
+        peers.run(qemu_img, "create", "-q", "-f", "raw", target, "64M")
+        peers.run(qemu_img, "create", "-q", "-f", "qcow2", "-b", target, "-F", "raw", image)
+        peers.run(peers.require_tool("qemu-io", package="qemu-utils"), "-c", "write -P 1 0 64M", image)
+    with peers.nbdkit("pattern", "1G", "rdelay=100ms", options=["--filter=delay", "--filter=noextents"]) as peer:
+        words = {
+            "convert": ["-f", "raw", "-m", "1", peer.uri(), str(target)],
+            "commit": ["-r", "8M", str(image)],
+            "dd": ["-f", "raw", f"if={peer.uri()}", f"of={target}"],
+        }
+        process = subprocess.Popen([*PYNBD, "img", verb, *words[verb]], stderr=subprocess.PIPE)
+        while not target.exists() or target.stat().st_blocks * 512 < 1 << 20:
+            assert process.poll() is None
+        status, err = status_after(process, number)
+    assert status == 128 + number, err
+    assert err.startswith(f"pynbd img {verb}: interrupted; ".encode())
+    assert target.exists() == (verb == "commit")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_status_before_a_copy(number: signal.Signals, tmp_path: Path) -> None:
+    """Nothing has been made, and there is nothing to tell."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "s"))
+        server.listen()
+        words = ("convert", f"nbd+unix:///?socket={tmp_path / 's'}", str(tmp_path / "target.raw"))
+        process = subprocess.Popen([*PYNBD, "img", *words], stderr=subprocess.PIPE)
+        server.settimeout(peers.COMMAND_LIMIT_S)
+        with server.accept()[0]:
+            assert status_after(process, number) == (128 + number, b"")

@@ -119,7 +119,6 @@ async def _commit(
     progress: Progress,
 ) -> None:
     from pynbd.block.drain import drained
-    from pynbd.block.errors import BlockError
     from pynbd.block.families import Emptiable
     from pynbd.block.permissions import Permission
     from pynbd.cli.copier import Copier
@@ -146,7 +145,7 @@ async def _commit(
         with interruption.stops(copier), progress.follow(source.size, lambda: copier.done_bytes):
             await copier.run()
             if copier.stopped:
-                raise BlockError(f"interrupted; {arguments.words[0]} is as it was, its base holds a part of it")
+                raise interruption.stopped(f"{arguments.words[0]} is as it was, its base holds a part of it")
             await target.backend.flush()
         progress.tell(100)
     if not arguments.keep and arguments.base is None and isinstance(top.driver, Emptiable):

@@ -163,7 +163,6 @@ async def _convert(
     interruption: Interruption,
     progress: Progress,
 ) -> None:
-    from pynbd.block.errors import BlockError
     from pynbd.cli.img import bitmap_copies, creation
     from pynbd.cli.img.images import attached, describe, open_node
     from pynbd.cli.img.sources import Concatenation
@@ -194,7 +193,7 @@ async def _convert(
         with interruption.stops(copier), progress.follow(source.size, lambda: copier.done_bytes):
             await copier.run()
             if copier.stopped:
-                raise BlockError(f"interrupted; {target.name} holds a part of the disk")
+                raise interruption.stopped(f"{target.name} holds a part of the disk")
             await target.backend.flush()
         await bitmap_copies.copy_bitmaps(graph, bitmaps, node)
 

@@ -125,7 +125,6 @@ class Part:
 
 
 async def _copy(part: Part, target: Image) -> None:
-    from pynbd.block.errors import BlockError
     from pynbd.cli.copier import Copier
     from pynbd.cli.interruption import Interruption
 
@@ -141,5 +140,5 @@ async def _copy(part: Part, target: Image) -> None:
     with interruption.listening(), interruption.stops(copier):
         await copier.run()
         if copier.stopped:
-            raise BlockError(f"interrupted; {target.name} holds a part of the disk")
+            raise interruption.stopped(f"{target.name} holds a part of the disk")
         await target.backend.flush()

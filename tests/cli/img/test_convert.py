@@ -180,7 +180,7 @@ def test_a_signal_leaves_nothing_behind(random_disk: Path) -> None:
     with a_quarter_done(random_disk) as process:
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=peers.COMMAND_LIMIT_S)
-    assert (process.returncode, b"interrupted" in err) == (1, True), err
+    assert (process.returncode, b"interrupted" in err) == (128 + signal.SIGTERM, True), err
     assert not Path("new.raw").exists()
 
 
@@ -200,7 +200,7 @@ def test_who_asks_by_a_signal_is_told(quiet: tuple[str, ...], random_disk: Path)
             told = float(match[1])
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=peers.COMMAND_LIMIT_S)
-    assert (process.returncode, out) == (1, b""), (out, err)
+    assert (process.returncode, out) == (128 + signal.SIGTERM, b""), (out, err)
     assert b"interrupted" in err
 
 
