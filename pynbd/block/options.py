@@ -42,6 +42,9 @@ SIZE_TEXT = re.compile(
 SIZE_BEFORE = " \t\n\v\f\r"
 """What may stand before a size, and a plus sign behind it: what C's strtoull passes over, for QEMU takes it."""
 
+INTEGER_TEXT = re.compile(r"[ \t\n\v\f\r]*(?P<sign>[+-]?)(?:0[xX](?P<hex>[0-9a-fA-F]{1,16})|(?P<digits>[0-9]{1,20}))")
+"""`4096`, `0x1000`, `010000`."""
+
 Size = Annotated[int, msgspec.Meta(ge=0, le=MAX_SIZE_BYTES, extra={"size": True})]
 """A number of bytes, which may be written with a suffix: `64k`, `1.5G`."""
 
@@ -113,6 +116,19 @@ def parse_size(text: str, *, what: str = "size") -> int:
     if not 0 <= value <= MAX_SIZE_BYTES:
         raise OptionError(f"{what}: {text!r} is out of range (0 to {MAX_SIZE_BYTES} bytes)")
     return value
+
+
+def parse_integer(text: str) -> int | None:
+    """A number as C's strtol reads it: decimal, `0x10`, or octal with a 0 before it; None if it is none."""
+    match = INTEGER_TEXT.fullmatch(text)
+    if match is None:
+        return None
+    base = 16 if match["hex"] else 8 if match["digits"].startswith("0") else 10
+    try:
+        value = int(match["hex"] or match["digits"], base)
+    except ValueError:  # a digit that is none in octal
+        return None
+    return -value if match["sign"] == "-" else value
 
 
 def parse_switch(text: str, *, what: str) -> bool:
@@ -297,6 +313,9 @@ def _typed(value: Any, info: msgspec.inspect.Type, path: str, driver: str) -> An
         return _typed(value, kinds[0], path, driver) if len(kinds) == 1 else value
     if isinstance(info, msgspec.inspect.BoolType) and isinstance(value, str):
         return _of_driver(parse_switch, value, path, driver)
+    if isinstance(info, msgspec.inspect.IntType) and isinstance(value, str):
+        number = parse_integer(value)
+        return value if number is None else number  # what is no number is told as other wrong values are
     if isinstance(info, msgspec.inspect.LiteralType) and value not in info.values:
         allowed = ", ".join(repr(v) for v in info.values)
         raise OptionError(f"{path}: {value!r} is not one of {allowed} ({_owner(driver)})")

@@ -314,6 +314,20 @@ def test_text_becomes_what_the_option_is() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "number"), [("12", 12), ("0x1F", 31), ("-0X10", -16), ("+3", 3), (" 7", 7), ("010", 8), ("0", 0)]
+)
+def test_numbers(text: str, number: int) -> None:
+    """Decimal, hexadecimal and octal."""
+    assert convert({"count": text}, DiskOptions, driver="disk").count == number
+
+
+@pytest.mark.parametrize("text", ["", "0x", "08", "1 ", "16k", "1_6", "0b1", "--1", "٣", "0x" + "1" * 17])
+def test_what_is_no_number(text: str) -> None:
+    with pytest.raises(OptionError, match=r"^count: expected `int`"):
+        convert({"count": text}, DiskOptions, driver="disk")
+
+
+@pytest.mark.parametrize(
     ("values", "said"),
     [
         ({"sise": 1}, r"^sise: driver 'disk' has no such option \(did you mean 'size'\?\); it takes: auto-read-only, "),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,8 +35,6 @@ CACHE_MODES: Mapping[str, CacheMode] = {
     "unsafe": CacheMode(no_flush=True),
 }
 """QEMU's cache modes."""
-
-INTEGER = re.compile(r"[ \t\n\v\f\r]*(?P<sign>[+-]?)(?:0[xX](?P<hex>[0-9a-fA-F]{1,16})|(?P<digits>[0-9]{1,20}))")
 
 NAMES_WITH_NO = ("nocow",)
 """Options whose own names begin with what turns a switch off."""
@@ -125,15 +122,12 @@ def integer(text: str) -> int:
     Raises:
         ArgumentTypeError: it is none, or a number of more than 64 bits.
     """
-    match = INTEGER.fullmatch(text)
-    if match is None:
+    from pynbd.block.options import parse_integer
+
+    value = parse_integer(text)
+    if value is None:
         raise argparse.ArgumentTypeError(f"{text[:80]!r} is no number")
-    base = 16 if match["hex"] else 8 if match["digits"].startswith("0") else 10
-    try:
-        value = int(match["hex"] or match["digits"], base)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no number") from None
-    return -value if match["sign"] == "-" else value
+    return value
 
 
 def new_graph(arguments: argparse.Namespace) -> Graph:

@@ -130,6 +130,19 @@ def test_the_order_of_options_of_an_encrypted_image(folder: Path) -> None:
     assert "json:" in same("info", *KEY, "--image-opts", image)
 
 
+@pytest.mark.parametrize("number", ["8", "0x8", "010", "+8", " 8", "8 ", "08", "0x", "8k", "-8", ""])
+def test_numbers_of_options(number: str, folder: Path) -> None:
+    """As C reads them."""
+    words = ("create", "-f", "qcow2", "-o", f"refcount_bits={number}", "disk.qcow2", "1M")
+    theirs = qemu_img(*words)
+    Path("disk.qcow2").unlink(missing_ok=True)
+    ours = img(*words)
+    assert ours.status == theirs.status, (ours, theirs)
+    if ours.status == 0:
+        assert ours.out == theirs.out
+        assert "refcount bits: 8\n" in qemu_img("info", "disk.qcow2").out
+
+
 def test_nothing_half_made_is_left(folder: Path) -> None:
     """A secret is found to be missing only when the file is there already."""
     assert "secret" in failure("create", "-q", "-f", "luks", "-o", "key-secret=nobody", "a.luks", "1M")
