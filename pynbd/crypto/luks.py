@@ -264,7 +264,7 @@ class Luks:
         if passphrase is None:
             raise OptionError(f"{self._image}: to fill a key slot takes a passphrase that opens another (key-secret)")
         key = await self._master_key(passphrase)
-        time_ms = changes.iter_time or DEFAULT_ITER_TIME_MS
+        time_ms = DEFAULT_ITER_TIME_MS if changes.iter_time is None else changes.iter_time
         iterations, _ = await asyncio.to_thread(_iterations, self.header.hash_spec, self.header.key_bytes, time_ms)
         if number in self.active_slots():
             await self._replace_slot(number, key, new, iterations)

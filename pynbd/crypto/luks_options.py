@@ -13,7 +13,8 @@ DEFAULT_ITER_TIME_MS = 2000
 MAX_ITER_TIME_MS = 600_000
 """Ten minutes for each try of a passphrase."""
 
-IterTime = Annotated[int, msgspec.Meta(ge=1, le=MAX_ITER_TIME_MS)]
+IterTime = Annotated[int, msgspec.Meta(ge=0, le=MAX_ITER_TIME_MS)]
+"""Milliseconds; 0 for as few iterations as there may be."""
 
 
 class LuksOptions(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):

@@ -137,6 +137,8 @@ async def test_iterations_follow_the_time(monkeypatch: pytest.MonkeyPatch) -> No
     assert (made.header.slots[0].iterations, made.header.digest_iterations) == (80_000, 10_000)
     made, _ = await container()
     assert (made.header.slots[0].iterations, made.header.digest_iterations) == (4_000, 1_000)
+    made, _ = await container(msgspec.structs.replace(FAST, iter_time=0))
+    assert (made.header.slots[0].iterations, made.header.digest_iterations) == (1_000, 1_000)
     with pytest.raises(OptionError, match="iter-time: all key slots would take"):
         await container(msgspec.structs.replace(FAST, iter_time=600_000))
 
@@ -177,6 +179,11 @@ async def test_a_wrong_passphrase_is_told_with_the_slots(opened: Luks) -> None:
     await change(opened, state="active", new_secret="b", keyslot=5, iter_time=1)
     with pytest.raises(BlockError, match=r"x: the passphrase opens none of the key slots in use \(0, 5\)"):
         await opened.unlock(b"gamma")
+
+
+async def test_no_time_is_not_the_usual_time(opened: Luks) -> None:
+    await change(opened, state="active", new_secret="b", keyslot=5, iter_time=0)
+    assert opened.header.slots[5].iterations == 1_000
 
 
 async def test_key_material_that_is_missing(ready: bytes) -> None:

@@ -107,6 +107,14 @@ def test_luks(folder: Path) -> None:
     assert compared.status == 0, compared
 
 
+def test_luks_in_no_time(folder: Path) -> None:
+    """QEMU opens what has as few iterations as there may be."""
+    ok("create", "-q", "-f", "luks", *KEY, "-o", "key-secret=s,iter-time=0", "a.luks", "1M")
+    assert qemu_img("info", "a.luks").out.count("iters: 1000\n") == 2
+    image = "driver=luks,key-secret=s,file.filename=a.luks"
+    assert qemu_img("convert", *KEY, "--image-opts", image, "-O", "raw", "a.raw").status == 0
+
+
 def test_no_name(folder: Path) -> None:
     assert "is empty" in failure("create", "", "1M")
     Path("source.raw").write_bytes(bytes(512))
