@@ -41,6 +41,9 @@ ALIASES = {"null-co": "null", "null-aio": "null"}
 SCHEMES = {
     "blkdebug": "blkdebug",
     "file": "file",
+    "host_device": "host_device",
+    "null-co": "null",
+    "null-aio": "null",
     "nbd": "nbd",
     "nbds": "nbd",
     "nbd+unix": "nbd",

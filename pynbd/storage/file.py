@@ -457,10 +457,14 @@ class HostDevice(File):
     """A disk that is a block device of the host."""
 
     name = "host_device"
-    schemes = ()
+    schemes = ("host_device",)
     FurtherCreateOptions: ClassVar[type[msgspec.Struct] | None] = None
     growable = False
     is_device = True
+
+    @classmethod
+    def parse_filename(cls, filename: str) -> dict[str, Any]:
+        return {"filename": filename.removeprefix("host_device:")}
 
     @classmethod
     def probe_device(cls, filename: str) -> int:

@@ -6,13 +6,20 @@ Limits: what is written is lost at once.
 import asyncio
 import os
 from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import msgspec
 
 from pynbd.block.driver import Driver, Location, Preallocation
+from pynbd.block.errors import OptionError
 from pynbd.block.extents import Extent, Status
 from pynbd.block.options import NodeOptions, OnOff, Size
 from pynbd.block.requests import RequestFlag
 
 FUA = int(RequestFlag.FUA)
+
+DEFAULT_SIZE_BYTES = 1 << 30
+"""As QEMU's."""
 
 
 class NullOptions(NodeOptions, frozen=True, kw_only=True):
@@ -24,7 +31,7 @@ class NullOptions(NodeOptions, frozen=True, kw_only=True):
         read_zeroes: whether block status promises that the disk reads as zeroes.
     """
 
-    size: Size = 1 << 30
+    size: Size = DEFAULT_SIZE_BYTES
     latency_ns: Size = 0
     read_zeroes: OnOff = False
 
@@ -33,6 +40,7 @@ class Null(Driver):
     """A disk that holds nothing."""
 
     name = "null"
+    schemes: ClassVar[tuple[str, ...]] = ("null-co", "null-aio")
     Options = NullOptions
     zero_past_end = True
     several_processes = "always"
@@ -40,6 +48,23 @@ class Null(Driver):
     write_zeroes_flags = FUA
 
     options: NullOptions
+
+    @classmethod
+    def parse_filename(cls, filename: str) -> dict[str, Any]:
+        if not filename.endswith("://") or filename.count(":") > 1:
+            raise OptionError(f"{filename}: a null disk is named null-co:// or null-aio://, and nothing else")
+        return {}
+
+    def filename(self) -> str:
+        options = self.options
+        usual = options.size == DEFAULT_SIZE_BYTES and not options.read_zeroes and not options.latency_ns
+        return "null-co://" if usual else ""
+
+    @classmethod
+    async def create(
+        cls, options: NodeOptions, size: int, preallocation: Preallocation, further: msgspec.Struct | None = None
+    ) -> Sequence[str]:
+        raise OptionError("driver 'null' can't make new images: there is nothing to keep")
 
     async def open(self) -> None:
         self.size = self.options.size

@@ -34,6 +34,9 @@ def test_all_ways_to_say_one_thing() -> None:
         ("./nbd://x", {"driver": "file", "filename": "./nbd://x"}),
         ("file:/tmp/x", {"driver": "file", "filename": "/tmp/x"}),
         ("file:///tmp/x", {"driver": "file", "filename": "/tmp/x"}),
+        ("host_device:/dev/x", {"driver": "host_device", "filename": "/dev/x"}),
+        ("null-co://", {"driver": "null"}),
+        ("null-aio://", {"driver": "null"}),
         (
             "nbd://localhost:1/export",
             {"driver": "nbd", "server": {"type": "inet", "host": "localhost", "port": 1}, "export": "export"},
@@ -52,12 +55,18 @@ def test_names(name: str, storage: dict[str, Any]) -> None:
     ("description", "format", "said"),
     [
         ("", "", "an empty file name"),
-        ("gopher://x/y", "", "gopher://x/y: no driver for gopher://; there are: blkdebug://, file://, nbd://"),
+        (
+            "gopher://x/y",
+            "",
+            "gopher://x/y: no driver for gopher://; there are: blkdebug://, file://, host_device://, nbd://",
+        ),
         ("nbd+x://y", "", "(write ./nbd+x://y for a file)"),
         ("driver=raw,file.driver=file,file.filename=x", "qcow2", "format 'qcow2' was asked for, but"),
         ('json:{"driver": 5}', "raw", "format 'raw' was asked for, but the description says driver 5"),
         ("json:7", "", "json: expected an object"),
         ("nbd://h:port/", "", "nbd://h:port/: "),
+        ("null-co:", "", "null-co:: a null disk is named null-co:// or null-aio://"),
+        ("null-co:///x", "", "null-co:///x: a null disk is named null-co:// or null-aio://"),
     ],
 )
 def test_wrong_descriptions(description: str, format: str, said: str) -> None:

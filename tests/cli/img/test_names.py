@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.img.chains import qemu
 from tests.cli.img.side_by_side import ok, same
+from tests.storage.conftest import loop_device
 
 CODE = """from pathlib import Path
 Path("was-run").touch()
@@ -50,3 +52,40 @@ def test_who_wants_it_run_says_so(folder: Path) -> None:
     Path("disk.py").write_text(CODE)
     ok("convert", "--image-opts", "driver=./disk.py", "-O", "raw", "copy.raw")
     assert Path("copy.raw").read_bytes() == b"x" * 65536
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("info", "null-co://"),
+        ("info", 'json:{"driver": "raw", "file": {"driver": "null-co"}}'),
+        ("info", "null-co:"),
+        ("info", "null-co:///disk.raw"),
+        ("info", "--backing-chain", "over.qcow2"),
+        ("compare", "null-co://", "null-aio://"),
+        ("convert", "-n", "disk.raw", "null-co://"),
+        ("convert", "disk.raw", "null-co://"),
+        ("create", "-q", "-f", "raw", "null-co://", "1M"),
+        ("create", "-q", "-f", "qcow2", "null-co://", "1M"),
+    ],
+)
+def test_null_disks(words: tuple[str, ...], disk: Path) -> None:
+    """They have a name of their own."""
+    qemu("create", "-q", "-f", "qcow2", "-b", "null-co://", "-F", "raw", "over.qcow2")
+    same(*words)
+
+
+def test_devices_by_the_name_of_their_driver(disk: Path) -> None:
+    """A file is none."""
+    same("info", "host_device:disk.raw")
+    same("create", "-q", "host_device:disk.raw", "1M")
+    Path("device.raw").write_bytes(bytes(4 << 20))
+    with loop_device(Path("device.raw")) as device:
+        name = f"host_device:{device}"
+        ok("create", "-q", "-f", "qcow2", name, "1M")
+        ok("create", "-q", "-f", "qcow2", "-b", name, "-F", "qcow2", "over.qcow2")
+        assert same("compare", "over.qcow2", name) == "Images are identical.\n"
+        for told in (ok("info", name), qemu("info", name)):
+            assert told.startswith(f"image: {device}\nfile format: qcow2\n")
+        ok("create", "-q", "-f", "raw", name, "1M")
+        assert "file format: raw" in qemu("info", name)
