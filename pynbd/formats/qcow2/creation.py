@@ -4,6 +4,7 @@ A new image is header, refcount table, refcount blocks, L1 table, encryption hea
 tables and data, one behind the other. The header is written last: what was not finished is no image.
 """
 
+import os
 from array import array
 from typing import Literal, NamedTuple
 
@@ -392,7 +393,7 @@ def bitmap_bytes(source: Node, cluster: int) -> int | None:
         bits = -(-source.size // bitmap.granularity)
         clusters = -(-bits // (8 * cluster))
         total += clusters * cluster + round_up(clusters * 8, cluster)
-        directory += round_up(layout.BITMAP_BYTES + len(bitmap.name.encode()), 8)
+        directory += round_up(layout.BITMAP_BYTES + len(os.fsencode(bitmap.name)), 8)
     return total + round_up(directory, cluster)
 
 

@@ -92,16 +92,14 @@ class Image(LoadedTables):
             if entry & COPIED and entry & OFFSET_MASK:
                 return await self.l2_slice(number)
             words = (await self.l2_words(l1_index))[:] if entry & OFFSET_MASK else array("Q", bytes(self.cluster_size))
-            run = await self.refcounts.allocate(1)
-            await self._have_room(run, words)
+            offset = await self._new_table(words)
             if self.l1[l1_index] == entry:
                 break
-            await self.refcounts.change(run.first, 1, -1)  # somebody else was quicker
+            await self.release_metadata(offset, self.cluster_size)  # somebody else was quicker
         if entry & OFFSET_MASK:
             self.forget_l2(l1_index)
             self.given_up.add(entry & OFFSET_MASK, self.cluster_size, Cause.OTHER, structure=True)
-        self.metadata.note_clusters(Kind.ACTIVE_L2, (run.first,))
-        offset, each = run.first << self.cluster_bits, self.slice_bytes // 8
+        each = self.slice_bytes // 8
         self.l1[l1_index] = offset | COPIED
         self.dirty_l1.add(l1_index)
         for part, at in enumerate(self.l2_slices(l1_index)):
@@ -110,20 +108,24 @@ class Image(LoadedTables):
             self.l2.mark(at, 0, each)
         return self.l2.tables[number]
 
-    async def _have_room(self, run: Run, words: "array[int]") -> None:
+    async def _new_table(self, words: "array[int]") -> int:
         """Write a new L2 table, which nothing points to yet, so that there is room for it when it is needed.
 
         Otherwise data could fill the disk, and be lost with the table that tells of them.
 
+        Returns:
+            its offset in the file.
+
         Raises:
-            OSError: there is none; the cluster is given back.
+            OSError: there is no room; the cluster is given back.
         """
+        offset = await self.allocate_metadata(Kind.ACTIVE_L2, self.cluster_size)
         try:
-            await self.file.write(run.first << self.cluster_bits, memoryview(to_disk(words)), 0)
+            await self.write_metadata(Kind.ACTIVE_L2, offset, to_disk(words))
         except BaseException:
-            await self.release(run)
+            await self.release_metadata(offset, self.cluster_size)
             raise
-        self.fresh_from = max(self.fresh_from, run.first + 1)
+        return offset
 
     def drop_l2(self, l1_index: int) -> None:
         """An L1 entry leads to no L2 table any more; what that led to was given up before."""

@@ -270,7 +270,7 @@ class ClusterMapping:
         return found
 
     async def _broken(self, entry: int, offset: int) -> OSError:
-        """The error for an entry that the image is marked as corrupt for."""
+        """The error of who comes across an entry that can't be true."""
         rule = "which breaks the format's rules"
         if self.has_data_file and self.is_displaced(entry, offset):
             rule = f"but in a data file they lie at {offset & -self.cluster}"

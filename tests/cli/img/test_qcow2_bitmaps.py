@@ -245,12 +245,15 @@ def test_a_name_that_is_no_text(folder: Path) -> None:
     qemu("bitmap", "--add", "disk.qcow2", name)
     assert told(*PYNBD, "img") == told(require_tool("qemu-img"))
     ok("map", "disk.qcow2")
+    same("measure", "-O", "qcow2", "disk.qcow2")
     ok("convert", "-O", "raw", "disk.qcow2", "disk.raw")
+    ok("convert", "-O", "qcow2", "--bitmaps", "disk.qcow2", "copy.qcow2")
+    assert b"name: b\xff" in told(require_tool("qemu-img"), image="copy.qcow2")
     ok("bitmap", "--add", "disk.qcow2", f"{name}2")
     ok("bitmap", "--remove", "disk.qcow2", name)
     assert b"name: b\xff2" in told(require_tool("qemu-img"))
 
 
-def told(*program: str) -> bytes:
-    """What is printed of `disk.qcow2`."""
-    return subprocess.run([*program, "info", "disk.qcow2"], capture_output=True, timeout=60, check=True).stdout
+def told(*program: str, image: str = "disk.qcow2") -> bytes:
+    """What is printed of an image."""
+    return subprocess.run([*program, "info", image], capture_output=True, timeout=60, check=True).stdout
