@@ -31,9 +31,9 @@ def test_what_an_extent_says() -> None:
 
 
 @given(extents=EXTENTS)
-def test_merged(extents: list[tuple[int, Status, int]]) -> None:
+def test_merged(extents: list[tuple[int, int, int]]) -> None:
     """Byte for byte the same, and no two neighbours are alike."""
-    given_extents = [ChainExtent(length, int(status), depth) for length, status, depth in extents]
+    given_extents = [ChainExtent(length, status, depth) for length, status, depth in extents]
     result = list(merged(given_extents))
     assert spread(result) == spread(given_extents)
     for one, two in itertools.pairwise(result):

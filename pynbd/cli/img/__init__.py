@@ -31,8 +31,8 @@ VERBS = {
 }
 
 
-GARBAGE_OBJECTS = 20_000
-"""After so many new ones Python looks for garbage, instead of after 700: what is imported makes many, and none is."""
+GARBAGE_OBJECTS = 50_000
+"""After so many new ones Python looks for garbage, instead of after 700: what is imported makes 35,000, and none is."""
 
 
 class VerbParser(Parser):

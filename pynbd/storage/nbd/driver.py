@@ -349,7 +349,7 @@ def link_load(link: Link) -> int:
 
 def status_of(state: int) -> int:
     """A state of `base:allocation` in the block layer's terms."""
-    status = int(Status.ALLOCATED)
+    status: int = Status.ALLOCATED
     if not state & AllocationState.HOLE:
         status |= Status.DATA
     if state & AllocationState.ZERO:
