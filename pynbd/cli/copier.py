@@ -16,10 +16,8 @@ from pynbd.block.extents import ChainExtent
 from pynbd.block.ranges import Ranges, first_bytes, other_bytes, total_bytes
 from pynbd.block.requests import RequestFlag
 from pynbd.cli.pump import Pump
+from pynbd.cli.walk import walk
 from pynbd.cli.zero_runs import BLOCK_BYTES, runs
-
-STATUS_BYTES = 1 << 30
-"""How far ahead the source is asked what lies where."""
 
 ZERO_BYTES = 256 << 20
 """Zeroes of one request: a server that has to write them should not be busy for many seconds."""
@@ -135,9 +133,8 @@ class Copier:
         """What was pumped last was so to its end, and nothing was left out: few zeroes are in the data here."""
         self._stopped = False
         self._ready: deque[Piece] = deque()
-        self._pieces = self._look_ahead()
+        self._pieces = self._cut()
         self._looking = asyncio.Lock()
-        self._next_number = 0
 
     async def run(self) -> None:
         """Copy. Nothing is in flight any more when this returns or raises.
@@ -294,14 +291,22 @@ class Copier:
             async with self._looking:
                 ahead = 0
                 while ahead < PUMPED_BYTES and (not self._ready or ahead) and not self._stopped:
-                    extent = await anext(self._pieces, None)
-                    if extent is None:
+                    piece = await anext(self._pieces, None)
+                    if piece is None:
                         break
-                    self._ready += self._cut(*extent)
-                    ahead += extent[1]
+                    self._ready.append(piece)
+                    ahead += piece.length
         return self._ready.popleft() if self._ready and not self._stopped else None
 
-    async def _look_ahead(self) -> AsyncIterator[tuple[int, int, Kind]]:
+    async def _cut(self) -> AsyncIterator[Piece]:
+        """The whole source in pieces."""
+        number = 0
+        async for offset, length, kind in self._runs():
+            for start, size in pieces(offset, length, *[self._largest(offset, length, kind)] * 2):
+                yield Piece(number, start, size, kind)
+                number += 1
+
+    async def _runs(self) -> AsyncIterator[tuple[int, int, Kind]]:
         """(offset, length, kind) of the whole source; runs end at whole units."""
         start, end, kind = 0, 0, Kind.SKIP
         async for length, following in self._in_units():
@@ -334,24 +339,18 @@ class Copier:
             yield offset % unit, begun
 
     async def _extents(self) -> AsyncIterator[tuple[int, Kind]]:
-        offset, size = 0, self._source.size
-        while offset < size:
-            for extent in await self._source.block_status(offset, min(STATUS_BYTES, size - offset)):
-                kind = Kind.ZERO if extent.zero else Kind.COPY if extent.data or extent.depth else Kind.SKIP
-                yield extent.length, kind
-                offset += extent.length
+        async for extent in walk(self._source.block_status, 0, self._source.size):
+            yield extent.length, Kind.ZERO if extent.zero else Kind.COPY if extent.data or extent.depth else Kind.SKIP
 
-    def _cut(self, offset: int, length: int, kind: Kind) -> Iterator[Piece]:
-        largest = ZERO_BYTES
+    def _largest(self, offset: int, length: int, kind: Kind) -> int:
+        """How long the pieces of a run may be."""
         if kind is Kind.COPY:
             # With a limit on the pace it goes on in small steps.
             pumped = self._pace is None and self._locate(offset, length) is not None
-            largest = PUMPED_BYTES if pumped else self._request_bytes
-        elif kind is Kind.ZERO and self._zeroes:
-            largest = len(self._zeroes)
-        for start, size in pieces(offset, length, largest, largest):
-            yield Piece(self._next_number, start, size, kind)
-            self._next_number += 1
+            return PUMPED_BYTES if pumped else self._request_bytes
+        if kind is Kind.SKIP or self._skips_zeroes:
+            return length
+        return len(self._zeroes) or ZERO_BYTES
 
     # --- doing it ---------------------------------------------------------------------------------------------
 

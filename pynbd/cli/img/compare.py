@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING
 
 from pynbd.cli.img import arguments as common
+from pynbd.cli.walk import walk
 
 if TYPE_CHECKING:
     from pynbd.block.extents import ChainExtent
@@ -24,8 +25,6 @@ READ_FAILED = 4
 
 PIECE_BYTES = 1 << 20
 """What is read of each image at a time."""
-
-STATUS_BYTES = 1 << 30
 
 SECTOR_BYTES = 512
 
@@ -116,7 +115,7 @@ class Comparison:
 
     async def _both(self, size: int) -> AsyncIterator[tuple[int, int, ChainExtent, ChainExtent]]:
         """(offset, length, the one's extent, the other's) of ranges where neither changes."""
-        ones, others = Extents(self.first, size), Extents(self.second, size)
+        ones, others = Extents(self.first, 0, size), Extents(self.second, 0, size)
         offset = 0
         while offset < size:
             one, other = await ones.at(offset), await others.at(offset)
@@ -137,7 +136,7 @@ class Comparison:
 
     async def _rest(self, longer: Image, offset: int) -> None:
         """What only one of the images has must be zeroes."""
-        extents = Extents(longer, longer.size)
+        extents = Extents(longer, offset, longer.size)
         while offset < longer.size:
             extent = await extents.at(offset)
             if not extent.zero:
@@ -223,14 +222,14 @@ class Extents:
 
     Args:
         image: the image.
-        size: up to where.
+        start, end: where.
     """
 
-    def __init__(self, image: Image, size: int) -> None:
+    def __init__(self, image: Image, start: int, end: int) -> None:
         self._image = image
-        self._size = size
-        self._known: list[ChainExtent] = []
-        self.end = 0
+        self._extents = walk(image.block_status, start, end)
+        self._last: ChainExtent | None = None
+        self.end = start
 
     async def at(self, offset: int) -> ChainExtent:
         """The extent that a byte lies in; `end` is where it ends. Offsets must not fall.
@@ -238,16 +237,10 @@ class Extents:
         Raises:
             Unknown: it could not be found out.
         """
-        while True:
-            while self._known and self.end <= offset:
-                self._known.pop(0)
-                if self._known:
-                    self.end += self._known[0].length
-            if self._known:
-                return self._known[0]
+        while self._last is None or self.end <= offset:
             try:
-                found = await self._image.block_status(offset, min(STATUS_BYTES, self._size - offset))
+                extent = self._last = await anext(self._extents)
             except OSError as problem:
                 raise Unknown(f"{self._image.name}: {problem.strerror}", STATUS_FAILED) from problem
-            self._known = list(found)
-            self.end = offset + self._known[0].length
+            self.end += extent.length
+        return self._last

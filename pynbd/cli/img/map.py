@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from pynbd.cli.img import arguments as common
+from pynbd.cli.walk import walk
 
 if TYPE_CHECKING:
     from pynbd.block.extents import Extent
     from pynbd.block.node import Node
     from pynbd.cli.img.images import Image
-
-STATUS_BYTES = 1 << 30
-"""How much is asked about at a time."""
 
 
 class Entry(NamedTuple):
@@ -88,13 +86,15 @@ async def run(arguments: argparse.Namespace) -> int:
 
 async def entries_of(image: Image, start: int, end: int) -> AsyncIterator[Entry]:
     """What lies where in [start, end)."""
-    inside = min(end, image.node.size)
     last: Entry | None = None
-    while start < inside:
-        async for entry in _layer(image.node, start, min(STATUS_BYTES, inside - start), 0):
-            start += entry.length
-            last = entry
-            yield entry
+
+    async def ask(offset: int, length: int) -> Sequence[Entry]:
+        return [entry async for entry in _layer(image.node, offset, length, 0)]
+
+    async for entry in walk(ask, start, min(end, image.node.size)):
+        start += entry.length
+        last = entry
+        yield entry
     if start < end:
         # The part of the last sector that is not there: a hole where the file would go on.
         file, offset = (None, -1) if last is None or last.offset < 0 else (last.file, last.offset + last.length)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from pynbd.cli.img import arguments as common
+from pynbd.cli.walk import walk
 
 if TYPE_CHECKING:
+    from pynbd.block.extents import ChainExtent
     from pynbd.block.graph import Graph
     from pynbd.block.node import Node
     from pynbd.cli.img.images import Image
     from pynbd.cli.progress import Progress
 
 PIECE_BYTES = 2 << 20
-STATUS_BYTES = 1 << 30
 MIN_UNIT_BYTES = 64 << 10
 """What is compared at a time."""
 
@@ -135,15 +136,17 @@ class Rebase:
         Raises:
             OSError: something can't be read or written; the disk still shows what it did.
         """
-        offset, size = 0, self._image.size
+        offset = 0
         buffers = [memoryview(bytearray(PIECE_BYTES)) for _ in range(2)]
-        while offset < size:
-            below = self._image.node.backing()
-            for extent in await self._image.block_status(offset, min(STATUS_BYTES, size - offset), below):
-                if not extent.depth:
-                    await self._look(offset, extent.length, buffers)
-                offset += extent.length
-                self.done_bytes = offset
+        async for extent in walk(self._own_extents, 0, self._image.size):
+            if not extent.depth:
+                await self._look(offset, extent.length, buffers)
+            offset += extent.length
+            self.done_bytes = offset
+
+    async def _own_extents(self, offset: int, length: int) -> Sequence[ChainExtent]:
+        """What the image itself holds, whatever lies below it."""
+        return await self._image.block_status(offset, length, self._image.node.backing())
 
     async def _look(self, offset: int, length: int, buffers: list[memoryview]) -> None:
         """A range that the image itself does not hold: keep what will not show through any more."""
@@ -163,8 +166,13 @@ class Rebase:
 
     async def _same_until(self, offset: int, end: int) -> int:
         """Up to where the new backing file surely shows what the old one does, without a look at the bytes."""
-        if self._old is None and self._new is None:
-            return end
+        shown = await self._shown_until(offset, end)
+        if shown > offset:
+            return shown
+        return min(await _zero_until(self._old, offset, end), await _zero_until(self._new, offset, end))
+
+    async def _shown_until(self, offset: int, end: int) -> int:
+        """Up to where what the old backing file shows is the new one's, as that lies below it."""
         if self._base is None or self._old is None or offset >= self._old.size:
             return offset
         if self._base is self._old.node:
@@ -209,6 +217,17 @@ class Rebase:
         """[start, end) of all pieces that are not the same, found in two steps."""
         for first, last in _unequal(before, after, (0, len(before)), self._unit, offset):
             yield from _unequal(before, after, (first, last), self._piece, offset)
+
+
+async def _zero_until(image: Image | None, offset: int, end: int) -> int:
+    """Up to where a backing file surely reads as zeroes, as it does behind its end."""
+    if image is None or offset >= image.size:
+        return end
+    for extent in await image.block_status(offset, min(end, image.size) - offset):
+        if not extent.zero:
+            return offset
+        offset += extent.length
+    return end if offset >= image.size else offset
 
 
 def _unequal(

@@ -121,6 +121,14 @@ class ClusterMapping:
             following += 1
         return Piece(kind, min(end, base + (following << self.bits)))
 
+    def without_tables(self, offset: int, end: int) -> int:
+        """Up to where in [offset, end) there is no L2 table: `offset` if its own is there."""
+        l1, index = self.image.l1, offset >> self.reach_bits
+        last = min(len(l1), ((end - 1) >> self.reach_bits) + 1)
+        while index < last and not l1[index] & OFFSET_MASK:
+            index += 1
+        return max(offset, min(end, index << self.reach_bits))
+
     def host_of(self, offset: int, length: int) -> int:
         """Where bytes within one cluster lie in the file, if that is known at once: 0 if not, -1 if nowhere.
 

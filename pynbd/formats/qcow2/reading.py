@@ -180,6 +180,11 @@ class ClusterReader(Driver):
         if await self.asks_for_holes():
             data |= Status.RECURSE
         while offset < end and len(found) < MAX_STATUS_RUNS:
+            empty_until = self.map.without_tables(offset, end)
+            if empty_until > offset:
+                found.append(Extent(empty_until - offset, Status.NONE))
+                offset = empty_until
+                continue
             piece = await self.map.piece(offset, end)
             run = piece.stop - offset
             if piece.kind == DATA:

@@ -302,7 +302,11 @@ class Nbd(Driver):
         await request.future
         # All connections select the same one context; only the number that a server gives it may differ.
         told = next(iter(request.extents.values()))
-        return [Extent(extent, status_of(state)) for extent, state in islice(told, MAX_STATUS_EXTENTS)]
+        found = []
+        for run, state in islice(told, MAX_STATUS_EXTENTS):
+            found.append(Extent(run, status_of(state), self.node, offset))
+            offset += run
+        return found
 
     async def truncate(self, size: int, preallocation: Preallocation, *, exact: bool) -> None:
         if size == self.size or (size < self.size and not exact):

@@ -30,6 +30,17 @@ def allocated(path: str) -> int:
     return Path(path).stat().st_blocks * 512 >> 16 << 16
 
 
+@pytest.mark.parametrize("words", [(), ("-W",), ("-m", "1"), ("-c",)])
+def test_a_huge_disk_with_little_in_it(words: tuple[str, ...], folder: Path) -> None:
+    """Nothing is done for each GiB of it, and no list of its parts is made."""
+    made = qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=2M", "huge.qcow2", "1P")
+    assert made.status == 0, made
+    qemu_io("huge.qcow2", "write -P 3 700T 3M", "write -P 4 10G 64k")
+    ok("convert", *words, "-O", "qcow2", "-o", "cluster_size=2M", "huge.qcow2", "copy.qcow2")
+    for pair in (("huge.qcow2", "copy.qcow2"), ("copy.qcow2", "huge.qcow2")):
+        same("compare", *pair)
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from pynbd.storage import linux
+from tests import peers
 from tests.cli.img.chains import qemu_io
-from tests.cli.img.side_by_side import failure, qemu_img, same
+from tests.cli.img.side_by_side import failure, ok, qemu_img, same
 from tests.conftest import DiskMaker
 
 
@@ -42,6 +43,24 @@ def test_a_part_of_a_file(disk: Path) -> None:
     """Offsets are those in the file."""
     for output in ("--output=human", "--output=json"):
         same("map", output, "--image-opts", "driver=raw,offset=64k,file.driver=file,file.filename=disk.raw")
+
+
+def test_an_export(disk: Path) -> None:
+    """Offsets are those in the export."""
+    with peers.qemu_nbd(disk, "-r") as server:
+        told = same("map", "--output=json", server.uri())
+        assert '"offset"' in told
+        assert str(disk) not in ok("map", server.uri())
+        assert len(ok("map", server.uri()).splitlines()) == len(qemu_img("map", server.uri()).out.splitlines()) > 1
+
+
+@pytest.mark.parametrize("output", ["--output=human", "--output=json"])
+def test_a_huge_disk_with_little_in_it(output: str, folder: Path) -> None:
+    """A question for each GiB, or for what each L2 table could tell, would take minutes."""
+    made = qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=2M", "huge.qcow2", "1P")
+    assert made.status == 0, made
+    qemu_io("huge.qcow2", "write 700T 3M", "write 10G 64k")
+    assert same("map", output, "huge.qcow2").count("\n") >= 3
 
 
 def test_what_has_no_place_in_a_file(folder: Path) -> None:

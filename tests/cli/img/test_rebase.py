@@ -70,6 +70,37 @@ def test_from_none(compat: str, folder: Path) -> None:
     qemu("check", "alone.qcow2")
 
 
+def test_huge_disks_with_little_in_them(folder: Path) -> None:
+    """Where both backing files read as zeroes nothing has to be compared."""
+    for name in ("old.qcow2", "new.qcow2"):
+        qemu("create", "-q", "-f", "qcow2", "-o", "cluster_size=2M", name, "1P")
+    qemu("create", "-q", "-f", "qcow2", "-b", "old.qcow2", "-F", "qcow2", "-o", "cluster_size=2M", "top.qcow2")
+    qemu_io("old.qcow2", "write -P 1 10T 1M", "write -P 2 20T 64k")
+    qemu_io("new.qcow2", "write -P 3 20T 64k", "write -P 4 30T 4M")
+    qemu_io("top.qcow2", "write -P 5 40T 64k")
+    qemu("convert", "-O", "qcow2", "-o", "cluster_size=2M", "top.qcow2", "before.qcow2")
+    ok("rebase", "-b", "new.qcow2", "-F", "qcow2", "top.qcow2")
+    qemu("compare", "top.qcow2", "before.qcow2")
+    assert ok("compare", "top.qcow2", "before.qcow2") == "Images are identical.\n"
+    qemu("check", "top.qcow2")
+
+
+@pytest.mark.parametrize("sizes", [("4M", "2M", "4M"), ("2M", "4M", "4M"), ("3M", "1M", "4M"), ("1M", "4M", "3M")])
+def test_zeroes_behind_the_ends_of_backing_files(sizes: tuple[str, str, str], folder: Path) -> None:
+    old, new, top = sizes
+    for number, (name, size) in enumerate((("old.qcow2", old), ("new.qcow2", new)), 1):
+        qemu("create", "-q", "-f", "qcow2", name, size)
+        qemu_io(name, f"write -P {number} 64k 200k", f"write -P {number} 900k 100k", "write -z 320k 256k")
+        if size != "1M":
+            qemu_io(name, f"write -P {number} {int(size[0]) - 1}M {100 * number}k")
+    qemu("create", "-q", "-f", "qcow2", "-b", "old.qcow2", "-F", "qcow2", "top.qcow2", top)
+    qemu_io("top.qcow2", "write -P 5 128k 64k")
+    before = shown("top.qcow2")
+    ok("rebase", "-b", "new.qcow2", "-F", "qcow2", "top.qcow2")
+    assert shown("top.qcow2") == before
+    qemu("check", "top.qcow2")
+
+
 def test_the_name_only(folder: Path) -> None:
     """With -u, whatever the new one holds, and whether it is there or not."""
     make_chain()
