@@ -40,7 +40,6 @@ time, up to what is asked for at once elsewhere."""
 SECTOR_BYTES = 512
 """What a source that can't be read as a whole is read by."""
 
-COMPRESSED = int(RequestFlag.COMPRESSED)
 MAY_UNMAP = int(RequestFlag.MAY_UNMAP)
 
 
@@ -381,23 +380,8 @@ class Copier:
         for start, length, zero in runs(part, self._block_bytes):
             if zero:
                 await self._zero(offset + start, length)
-            elif self._flags & COMPRESSED:
-                await self._write_units(offset + start, part[start : start + length])
             else:
                 await self._target.write(offset + start, part[start : start + length], self._flags)
-
-    async def _write_units(self, offset: int, part: memoryview) -> None:
-        """Unit by unit at the same time: each keeps a processor busy for a while."""
-        results = await asyncio.gather(
-            *(
-                self._target.write(offset + start, part[start : start + length], self._flags)
-                for start, length in pieces(0, len(part), self._unit)
-            ),
-            return_exceptions=True,
-        )
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
 
 
 class Turns:

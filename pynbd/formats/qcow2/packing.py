@@ -2,8 +2,12 @@
 
 import asyncio
 import errno
+import os
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
+from pynbd.block.alignment import pieces
 from pynbd.block.errors import io_error, unsupported
 from pynbd.formats.qcow2 import compression
 from pynbd.formats.qcow2.given_up import Cause
@@ -11,6 +15,11 @@ from pynbd.formats.qcow2.refcounts import Run
 
 if TYPE_CHECKING:
     from pynbd.formats.qcow2.writing import Writer
+
+BATCH_BYTES = 4 << 20
+"""What is compressed and stored at once, if clusters are not longer."""
+
+Compress = Callable[[bytes | memoryview], bytes]
 
 
 class Packing:
@@ -44,57 +53,108 @@ class Packing:
         if offset % self.cluster or (end % self.cluster and end != self.driver.size):
             what = f"compressed write at {offset} for {len(data)} bytes, clusters have {self.cluster}"
             raise io_error(errno.EINVAL, self.driver.node.name, what)
-        for start in range(offset, end, self.cluster):
-            await self._write_cluster(start, data[start - offset : start - offset + self.cluster])
-
-    async def _write_cluster(self, offset: int, data: memoryview) -> None:
-        whole = bytes(data).ljust(self.cluster, b"\0")
         try:
             compress = compression.compressor(self.driver.header.compression_type)
         except compression.CompressionError as problem:
             raise unsupported(self.driver.node.name, str(problem)) from None
-        packed = await asyncio.get_running_loop().run_in_executor(None, compress, whole)
-        if len(packed) >= self.cluster:
-            await self.writer.write(offset, data)
-            return
-        async with self.writer.track(offset, offset + len(data), exclusive=True):
-            self.writer.check_inside(offset, offset + len(data))
-            place = await self._place(len(packed))
+        for start, length in pieces(offset, len(data), max(BATCH_BYTES, self.cluster), self.cluster):
+            await self._write_batch(start, data[start - offset : start - offset + length], compress)
+
+    async def _write_batch(self, offset: int, data: memoryview, compress: Compress) -> None:
+        """Some clusters: those beside one another that get smaller are stored together, as are those that do not."""
+        packed = await self._compressed(data, compress)
+        first = 0
+        for smaller, group in groupby(packed, lambda found: len(found) < self.cluster):
+            found = list(group)
+            start, first = first * self.cluster, first + len(found)
+            part = data[start : first * self.cluster]
+            if smaller:
+                await self._store(offset + start, len(part), found)
+            else:
+                await self.writer.write(offset + start, part)
+
+    async def _compressed(self, data: memoryview, compress: Compress) -> list[bytes]:
+        """What becomes of each cluster; as many threads are at it as there are processors."""
+        count = -(-len(data) // self.cluster)
+        each = -(-count // len(os.sched_getaffinity(0))) * self.cluster
+        loop = asyncio.get_running_loop()
+        shares = await asyncio.gather(
+            *(
+                loop.run_in_executor(None, self._compress_all, data[start : start + each], compress)
+                for start in range(0, len(data), each)
+            )
+        )
+        return [found for share in shares for found in share]
+
+    def _compress_all(self, data: memoryview, compress: Compress) -> list[bytes]:
+        cluster = self.cluster
+        whole = len(data) // cluster * cluster
+        found = [compress(data[start : start + cluster]) for start in range(0, whole, cluster)]
+        if whole < len(data):
+            found.append(compress(bytes(data[whole:]).ljust(cluster, b"\0")))  # the end of the disk
+        return found
+
+    async def _store(self, offset: int, length: int, packed: Sequence[bytes]) -> None:
+        """Write compressed clusters, and let their entries point there.
+
+        Args:
+            offset, length: where on the disk they are.
+            packed: what each became.
+        """
+        async with self.writer.track(offset, offset + length, exclusive=True):
+            self.writer.check_inside(offset, offset + length)
+            places: list[int] = []
+            pointed = 0
             try:
-                await self.writer.check_overlap(place, len(packed), "compressed data")
-                self.driver.file.node.driver.debug_event("write_compressed")
-                await self.writer.guest_file.write(place, memoryview(packed), 0)
+                async with self._packing:
+                    for found in packed:
+                        places.append(await self._place(len(found)))  # noqa: PERF401  # those before a failure count
+                await self._write_packed(places, packed)
+                for place, found in zip(places, packed, strict=True):
+                    table, at = await self.map.writable(offset)
+                    old = table.words[at]
+                    self.map.put(table.words, at, self.map.compressed_entry(place, len(found)), 0)
+                    self.map.mark(offset, at, at + self.map.words)
+                    pointed += 1
+                    self.writer.give_up_entry(old, Cause.OTHER)
+                    offset += self.cluster
             except BaseException:
-                # Its clusters may be shared with others already: this reference is one too many.
-                first = place >> self.map.bits
-                last = (place + len(packed) - 1) >> self.map.bits
-                await self.image.release(Run(first, last - first + 1))
+                # Their clusters may be shared with others already: these references are too many.
+                for place, found in list(zip(places, packed, strict=False))[pointed:]:
+                    first, last = place >> self.map.bits, (place + len(found) - 1) >> self.map.bits
+                    await self.image.release(Run(first, last - first + 1))
                 raise
-            table, at = await self.map.writable(offset)
-            old = table.words[at]
-            self.map.put(table.words, at, self.map.compressed_entry(place, len(packed)), 0)
-            self.map.mark(offset, at, at + self.map.words)
-            self.writer.give_up_entry(old, Cause.OTHER)
+
+    async def _write_packed(self, places: Sequence[int], packed: Sequence[bytes]) -> None:
+        """Write compressed data, those that follow one another at once."""
+        first = 0
+        for number in range(1, len(places) + 1):
+            if number < len(places) and places[number] == places[number - 1] + len(packed[number - 1]):
+                continue
+            joined = b"".join(packed[first:number])
+            await self.writer.check_overlap(places[first], len(joined), "compressed data")
+            self.driver.file.node.driver.debug_event("write_compressed")
+            await self.writer.guest_file.write(places[first], memoryview(joined), 0)
+            first = number
 
     async def _place(self, length: int) -> int:
         """Take `length` bytes for compressed data: behind the last ones, if there is room.
 
-        Each host cluster that they touch gets a reference.
+        Each host cluster that they touch gets a reference. Who calls it holds `_packing`.
         """
-        async with self._packing:
-            bits, counts = self.map.bits, self.image.refcounts
-            shared = await self._may_share()
-            if not shared or self._pack_end - self._pack_at < length:
-                run, _ = await self.image.allocate(1)
-                # If the next cluster follows, data may lie across.
-                shared = await self._may_share() and run.first << bits == self._pack_end
-                counts.packing, self._pack_end = run.first, (run.first + 1) << bits
-                if not shared:
-                    self._pack_at = run.first << bits
-            place, self._pack_at = self._pack_at, self._pack_at + length
-            if shared:
-                await counts.change(place >> bits, 1, 1)
-            return place
+        bits, counts = self.map.bits, self.image.refcounts
+        shared = await self._may_share()
+        if not shared or self._pack_end - self._pack_at < length:
+            run, _ = await self.image.allocate(1)
+            # If the next cluster follows, data may lie across.
+            shared = await self._may_share() and run.first << bits == self._pack_end
+            counts.packing, self._pack_end = run.first, (run.first + 1) << bits
+            if not shared:
+                self._pack_at = run.first << bits
+        place, self._pack_at = self._pack_at, self._pack_at + length
+        if shared:
+            await counts.change(place >> bits, 1, 1)
+        return place
 
     async def _may_share(self) -> bool:
         """Whether compressed data lie in the cluster before `_pack_end`, and it may have another reference."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -13,7 +15,7 @@ from pynbd.block.driver import Driver, Preallocation
 from pynbd.block.graph import Graph
 from pynbd.block.permissions import Permission
 from tests.formats.qcow2.damage import checked_by_qemu
-from tests.formats.qcow2.workload import made, read_by_qemu
+from tests.formats.qcow2.workload import COMPRESSED, made, read_by_qemu
 
 SMALL_DISK = str(Path(__file__).resolve())
 """What to write for `driver`."""
@@ -52,11 +54,12 @@ class SmallDisk(Driver):
         self.data.extend(bytes(size - len(self.data)))
 
 
-@pytest.mark.parametrize("length", [4096, 64 << 10, 256 << 10])
-@pytest.mark.parametrize("options", ["", "cluster_size=4k", "extended_l2=on"])
-async def test_what_was_written_before_is_there(graph: Graph, tmp_path: Path, options: str, length: int) -> None:
-    """The tables that tell of it had their place before."""
-    path = made(tmp_path, options, 8 << 20)
+Content = Callable[[int], bytes]
+"""What is written by which request."""
+
+
+async def write_until_full(graph: Graph, path: Path, length: int, content: Content, flags: int = 0) -> None:
+    """Write `length` bytes after `length` bytes until there is no space, and see what is there then."""
     storage = await graph.open({"driver": SMALL_DISK})
     disk = cast(SmallDisk, storage.driver)
     await disk.write(0, memoryview(path.read_bytes()), 0)
@@ -67,8 +70,8 @@ async def test_what_was_written_before_is_there(graph: Graph, tmp_path: Path, op
 
     async def fill() -> None:
         for offset in range(0, len(written), length):
-            data = bytes([offset // length % 255 + 1]) * length
-            await backend.write(offset, memoryview(data))
+            data = content(offset // length)
+            await backend.write(offset, memoryview(data), flags)
             written[offset : offset + length] = data
 
     with pytest.raises(OSError, match="no space left") as caught:
@@ -78,7 +81,30 @@ async def test_what_was_written_before_is_there(graph: Graph, tmp_path: Path, op
     graph.detach(backend)
     await graph.close_all()
     path.write_bytes(disk.data)
+    assert any(written)
     assert bytes(written) == read_by_qemu(path)[: len(written)]
     found = checked_by_qemu(path)
     assert found is not None
     assert (found["corruptions"], found["leaks"]) == (0, 0)
+
+
+@pytest.mark.parametrize("length", [4096, 64 << 10, 256 << 10])
+@pytest.mark.parametrize("options", ["", "cluster_size=4k", "extended_l2=on"])
+async def test_what_was_written_before_is_there(graph: Graph, tmp_path: Path, options: str, length: int) -> None:
+    """The tables that tell of it had their place before."""
+    path = made(tmp_path, options, 8 << 20)
+    await write_until_full(graph, path, length, lambda number: bytes([number % 255 + 1]) * length)
+
+
+@pytest.mark.parametrize("length", [64 << 10, 256 << 10, 1 << 20])
+@pytest.mark.parametrize("options", ["", "cluster_size=4k", "compression_type=zstd"])
+async def test_compressed_clusters_share_none_with_those_that_found_no_room(
+    graph: Graph, tmp_path: Path, options: str, length: int
+) -> None:
+    path = made(tmp_path, options, 8 << 20)
+    source = random.Random(1)
+
+    def half_noise(_: int) -> bytes:
+        return b"".join(source.randbytes(2048).ljust(4096, b"\0") for _ in range(length // 4096))
+
+    await write_until_full(graph, path, length, half_noise, COMPRESSED)
