@@ -4,6 +4,7 @@ import threading
 import zlib
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 from pynbd.formats.qcow2.layout import CompressionType
 
@@ -20,18 +21,36 @@ class CompressionError(Exception):
     """The bytes are not what compression of a cluster gives; the text says why."""
 
 
-def inflate(data: bytes | memoryview, length: int) -> bytes:
-    """A cluster from raw deflate data, which may be followed by anything.
+Decompress = Callable[[bytes | memoryview, int], bytes]
+Compress = Callable[[bytes | memoryview], bytes]
 
-    Raises:
-        CompressionError: they are damaged, or give fewer bytes.
+
+def inflate_by(library: Any) -> Decompress:
+    """The function that gives a cluster from raw deflate data, which may be followed by anything.
+
+    Args:
+        library: zlib, or what has the same functions.
     """
-    stream = zlib.decompressobj(WINDOW_BITS)
+
+    def inflate(data: bytes | memoryview, length: int) -> bytes:
+        stream = library.decompressobj(WINDOW_BITS)
+        try:
+            found: bytes = stream.decompress(data, length)
+        except library.error as problem:
+            raise CompressionError(str(problem)) from None
+        return _whole(found, length)
+
+    return inflate
+
+
+@cache
+def _inflate() -> Decompress:
+    """By the quickest library: the package isal, if it is there."""
     try:
-        found = stream.decompress(data, length)
-    except zlib.error as problem:
-        raise CompressionError(str(problem)) from None
-    return _whole(found, length)
+        from isal import isal_zlib
+    except ImportError:
+        return inflate_by(zlib)
+    return inflate_by(isal_zlib)
 
 
 def deflate(data: bytes | memoryview) -> bytes:
@@ -41,7 +60,7 @@ def deflate(data: bytes | memoryview) -> bytes:
 
 
 @cache
-def _deflate() -> Callable[[bytes | memoryview], bytes]:
+def _deflate() -> Compress:
     """The quickest function that makes raw deflate data: of the package isal, if it is there."""
     try:
         from isal import igzip_lib
@@ -57,7 +76,7 @@ def _deflate() -> Callable[[bytes | memoryview], bytes]:
 
 
 @cache
-def _zstd() -> tuple[Callable[[bytes | memoryview, int], bytes], Callable[[bytes | memoryview], bytes]]:
+def _zstd() -> tuple[Decompress, Compress]:
     """(decompress, compress), from Python's own module (3.14) or its backport.
 
     Raises:
@@ -95,16 +114,16 @@ def _whole(found: bytes, length: int) -> bytes:
     return found
 
 
-def decompressor(kind: CompressionType) -> Callable[[bytes | memoryview, int], bytes]:
+def decompressor(kind: CompressionType) -> Decompress:
     """The function that gives a cluster of a length from its compressed bytes; it may run in any thread.
 
     Raises:
         CompressionError: a library is missing.
     """
-    return inflate if kind == CompressionType.ZLIB else _zstd()[0]
+    return _inflate() if kind == CompressionType.ZLIB else _zstd()[0]
 
 
-def compressor(kind: CompressionType) -> Callable[[bytes | memoryview], bytes]:
+def compressor(kind: CompressionType) -> Compress:
     """The function that compresses a cluster; it may run in any thread.
 
     Raises:

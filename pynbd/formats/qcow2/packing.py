@@ -3,7 +3,7 @@
 import asyncio
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 BATCH_BYTES = 4 << 20
 """What is compressed and stored at once, if clusters are not longer."""
-
-Compress = Callable[[bytes | memoryview], bytes]
 
 
 class Packing:
@@ -60,7 +58,7 @@ class Packing:
         for start, length in pieces(offset, len(data), max(BATCH_BYTES, self.cluster), self.cluster):
             await self._write_batch(start, data[start - offset : start - offset + length], compress)
 
-    async def _write_batch(self, offset: int, data: memoryview, compress: Compress) -> None:
+    async def _write_batch(self, offset: int, data: memoryview, compress: compression.Compress) -> None:
         """Some clusters: those beside one another that get smaller are stored together, as are those that do not."""
         packed = await self._compressed(data, compress)
         first = 0
@@ -73,7 +71,7 @@ class Packing:
             else:
                 await self.writer.write(offset + start, part)
 
-    async def _compressed(self, data: memoryview, compress: Compress) -> list[bytes]:
+    async def _compressed(self, data: memoryview, compress: compression.Compress) -> list[bytes]:
         """What becomes of each cluster; as many threads are at it as there are processors."""
         count = -(-len(data) // self.cluster)
         each = -(-count // len(os.sched_getaffinity(0))) * self.cluster
@@ -86,7 +84,7 @@ class Packing:
         )
         return [found for share in shares for found in share]
 
-    def _compress_all(self, data: memoryview, compress: Compress) -> list[bytes]:
+    def _compress_all(self, data: memoryview, compress: compression.Compress) -> list[bytes]:
         cluster = self.cluster
         whole = len(data) // cluster * cluster
         found = [compress(data[start : start + cluster]) for start in range(0, whole, cluster)]

@@ -1,6 +1,5 @@
 """Reading what an L1 table leads to: the disk of an image, or that of one of its snapshots."""
 
-import asyncio
 import errno
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -11,20 +10,17 @@ from pynbd.block.errors import io_error
 from pynbd.block.extents import Extent, Status
 from pynbd.block.holding import Release, Revoke, hold_all
 from pynbd.block.options import NodeOptions
-from pynbd.formats.qcow2 import compression
 from pynbd.formats.qcow2.header import Header
 from pynbd.formats.qcow2.holes import has_many_holes
 from pynbd.formats.qcow2.image import Image
 from pynbd.formats.qcow2.mapping import DATA, NOWHERE, PACKED, ZEROES, ClusterMapping, Piece
+from pynbd.formats.qcow2.unpacking import Unpacking
 
 if TYPE_CHECKING:
     from pynbd.formats.qcow2.encryption import Encryption
 
 MAX_STATUS_RUNS = 1024
 """Extents in one answer of block_status."""
-
-UNPACKED_CLUSTERS = 16
-"""Clusters that were decompressed lately and are kept: readers of 4 KiB come back for the rest of them."""
 
 
 class ClusterReader(Driver):
@@ -41,7 +37,7 @@ class ClusterReader(Driver):
     def __init__(self, options: NodeOptions) -> None:
         super().__init__(options)
         self.encryption: Encryption | None = None
-        self._unpacked: dict[int, bytes] = {}
+        self.unpacking = Unpacking(self)
         self._asks_for_holes: bool | None = None
         """Found out once, when somebody wants to know."""
 
@@ -87,10 +83,13 @@ class ClusterReader(Driver):
             epoch = self.image.given_up.begin_read()
             try:
                 piece = await self.map.piece(start, end)
-                await self.read_piece(start, piece, into[start - offset : piece.stop - offset])
+                if piece.kind == PACKED:
+                    start = await self.unpacking.read(start, piece, into[start - offset :])
+                else:
+                    await self.read_piece(start, piece, into[start - offset : piece.stop - offset])
+                    start = piece.stop
             finally:
                 self.image.given_up.end_read(epoch)
-            start = piece.stop
 
     async def read_piece(self, offset: int, piece: Piece, into: memoryview) -> None:
         """Read bytes of the disk that are all alike."""
@@ -103,7 +102,7 @@ class ClusterReader(Driver):
         elif piece.kind == NOWHERE:
             await self.read_below(offset, into)
         elif piece.kind == PACKED:
-            await self._read_packed(offset, piece.host, into)
+            await self.unpacking.read(offset, piece, into)
         else:
             into[:] = bytes(len(into))
 
@@ -123,35 +122,6 @@ class ClusterReader(Driver):
             await backing.read(offset, into[:inside], 0)
         if inside < len(into):
             into[inside:] = bytes(len(into) - inside)
-
-    async def _read_packed(self, offset: int, descriptor: int, into: memoryview) -> None:
-        within = offset & (self.map.cluster - 1)
-        cluster = self._unpacked.get(descriptor)
-        if cluster is None:
-            unpacked = self._unpacked
-            cluster = await self._unpack(descriptor)
-            while len(unpacked) >= UNPACKED_CLUSTERS:
-                del unpacked[next(iter(unpacked))]
-            unpacked[descriptor] = cluster
-        into[:] = memoryview(cluster)[within : within + len(into)]
-
-    async def _unpack(self, descriptor: int) -> bytes:
-        host, length = self.map.compressed_place(descriptor)
-        length = min(length, self.storage.size - host)
-        if length <= 0:
-            raise await self.image.corrupted("compressed data lie here, behind the end of the file", host)
-        self.storage.node.driver.debug_event("read_compressed")
-        data = await self.image.read_bytes(host, length)
-        try:
-            unpack = compression.decompressor(self.header.compression_type)
-            return await asyncio.get_running_loop().run_in_executor(None, unpack, memoryview(data), self.map.cluster)
-        except compression.CompressionError as problem:
-            raise await self.image.corrupted(f"compressed data can't be decompressed: {problem}", host) from None
-
-    def forget_unpacked(self) -> None:
-        """Compressed clusters were given up; what comes to lie there may have the same descriptor."""
-        # Another dictionary: who is decompressing now must not put into it what lay there before.
-        self._unpacked = {}
 
     async def cache(self, offset: int, length: int) -> None:
         end = offset + length

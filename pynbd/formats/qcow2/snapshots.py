@@ -241,7 +241,7 @@ class SnapshotStore:
     def _content_changed(self) -> None:
         """The disk holds something else than before, and may have another size."""
         driver, node = self.driver, self.driver.node
-        driver.forget_unpacked()
+        driver.unpacking.forget()
         driver.size = self.image.header.size
         node.resized()
         for bitmap in node.bitmaps.values():

@@ -400,6 +400,6 @@ class Writer:
         if entry & COMPRESSED:
             offset, length = self.map.compressed_place(entry)
             self.image.given_up.add(offset, length, cause)
-            self.driver.forget_unpacked()
+            self.driver.unpacking.forget()
         elif entry & OFFSET_MASK and not self.has_data_file:
             self.image.given_up.add(entry & OFFSET_MASK, self.cluster, cause)

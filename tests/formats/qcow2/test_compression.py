@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from pynbd.formats.qcow2 import compression
+from pynbd.formats.qcow2.compression import CompressionError
 from pynbd.formats.qcow2.layout import CompressionType
 
 CLUSTER_BYTES = 65536
@@ -16,9 +17,11 @@ CLUSTER_BYTES = 65536
 @pytest.fixture(autouse=True)
 def chosen_anew() -> Iterator[None]:
     """Which library compresses is found out once: not by another test, and not for one."""
-    compression._deflate.cache_clear()
+    for chosen in (compression._deflate, compression._inflate):
+        chosen.cache_clear()
     yield
-    compression._deflate.cache_clear()
+    for chosen in (compression._deflate, compression._inflate):
+        chosen.cache_clear()
 
 
 def far_repetitions() -> bytes:
@@ -39,7 +42,21 @@ def test_deflated_clusters_need_a_small_window(monkeypatch: pytest.MonkeyPatch, 
     stream = zlib.decompressobj(compression.WINDOW_BITS)
     assert stream.decompress(packed) == data
     assert stream.eof
-    assert compression.inflate(packed + b"behind", CLUSTER_BYTES) == data
+    inflate = compression.decompressor(CompressionType.ZLIB)
+    assert inflate(memoryview(packed + b"behind"), CLUSTER_BYTES) == data
+
+
+@pytest.mark.parametrize("library", ["zlib", "isal.isal_zlib"])
+@pytest.mark.parametrize("damaged", [b"", b"\0", b"\xff" * 100, compression.deflate(far_repetitions())[:-500]])
+def test_what_is_damaged(library: str, damaged: bytes) -> None:
+    inflate = compression.inflate_by(pytest.importorskip(library))
+    with pytest.raises(CompressionError):
+        inflate(damaged, CLUSTER_BYTES)
+
+
+def test_no_more_comes_out_than_a_cluster() -> None:
+    inflate = compression.decompressor(CompressionType.ZLIB)
+    assert inflate(compression.deflate(bytes(100 << 20)), CLUSTER_BYTES) == bytes(CLUSTER_BYTES)
 
 
 def test_one_thread_compresses_many_clusters_with_zstd() -> None:

@@ -1,0 +1,110 @@
+"""Compressed clusters that QEMU wrote, read one by one and many at once."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import random
+import sys
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from pynbd.block.backend import BlockBackend
+from pynbd.block.graph import Graph
+from pynbd.block.permissions import Permission
+from pynbd.formats.qcow2 import compression
+from pynbd.formats.qcow2.driver import Qcow2
+from tests.formats.qcow2.workload import in_file
+from tests.peers import require_tool, run
+
+SIZE_BYTES = 6 << 20
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """Some of it gets smaller, some does not, and some are zeroes."""
+    source = random.Random(5)
+    data = bytearray()
+    while len(data) < SIZE_BYTES:
+        length = source.randint(1, 200) << 10
+        data += source.choice(
+            [source.randbytes(length), source.randbytes(length // 2) + bytes(length // 2), bytes(length)]
+        )
+    path = tmp_path / "disk.raw"
+    path.write_bytes(data[:SIZE_BYTES])
+    return path
+
+
+async def opened(graph: Graph, path: Path) -> BlockBackend:
+    """A reader of an image."""
+    backend = BlockBackend("test")
+    graph.attach(backend, await graph.open(in_file(path)), Permission.CONSISTENT_READ)
+    return backend
+
+
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
+@pytest.mark.parametrize("cluster", ["512", "4k", "64k", "2M"])
+async def test_reads_of_all_lengths(graph: Graph, tmp_path: Path, disk: Path, cluster: str, compression: str) -> None:
+    """Side by side, so that each finds clusters that another one has decompressed."""
+    path = tmp_path / "image.qcow2"
+    options = f"cluster_size={cluster},compression_type={compression}"
+    run(require_tool("qemu-img"), "convert", "-c", "-O", "qcow2", "-o", options, disk, path)
+    backend = await opened(graph, path)
+    expected, source = disk.read_bytes(), random.Random(6)
+
+    async def read_some() -> None:
+        for longest in (600, 5000, 70_000, 300_000, 5 << 20):
+            for _ in range(4):
+                offset = source.randrange(SIZE_BYTES)
+                into = bytearray(min(source.randint(1, longest), SIZE_BYTES - offset))
+                await backend.read(offset, memoryview(into))
+                assert into == expected[offset : offset + len(into)]
+
+    await asyncio.gather(*(read_some() for _ in range(4)))
+    graph.detach(backend)
+
+
+async def test_one_of_many_is_damaged(graph: Graph, tmp_path: Path) -> None:
+    """The error says where it lies; all others can be read."""
+    disk, path = tmp_path / "disk.raw", tmp_path / "image.qcow2"
+    clusters = [random.Random(number).randbytes(6000).ljust(64 << 10, b"\0") for number in range(40)]
+    disk.write_bytes(b"".join(clusters))
+    run(require_tool("qemu-img"), "convert", "-c", "-W", "-m", "1", "-O", "qcow2", disk, path)
+    backend = await opened(graph, path)
+    assert backend.root is not None
+    mapping = cast(Qcow2, backend.root.node.driver).map
+    where, _ = mapping.compressed_place((await mapping.entry(20 << 16))[0])
+    with path.open("r+b") as file:
+        file.seek(where)
+        file.write(b"\xff")  # no kind of block
+    with pytest.raises(OSError, match=f"{where}.*can't be decompressed|can't be decompressed.*{where}"):
+        await backend.read(0, memoryview(bytearray(len(clusters) << 16)))
+    for number, expected in enumerate(clusters):
+        into = bytearray(64 << 10)
+        if number == 20:
+            with pytest.raises(OSError, match="can't be decompressed"):
+                await backend.read(number << 16, memoryview(into))
+        else:
+            await backend.read(number << 16, memoryview(into))
+            assert into == expected
+    graph.detach(backend)
+
+
+async def test_without_the_library(graph: Graph, tmp_path: Path, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says what is missing; nothing is wrong with the image."""
+    path = tmp_path / "image.qcow2"
+    run(require_tool("qemu-img"), "convert", "-c", "-O", "qcow2", "-o", "compression_type=zstd", disk, path)
+    before = path.read_bytes()
+    for name in ("compression", "compression.zstd", "backports", "backports.zstd"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(compression, "_zstd", compression._zstd.__wrapped__)
+    backend = BlockBackend("test")
+    graph.attach(backend, await graph.open(in_file(path)), Permission.CONSISTENT_READ | Permission.WRITE)
+    with pytest.raises(OSError, match=r"backports\.zstd") as caught:
+        await backend.read(0, memoryview(bytearray(SIZE_BYTES)))
+    assert caught.value.errno == errno.ENOTSUP
+    graph.detach(backend)
+    await graph.close_all()
+    assert path.read_bytes() == before
