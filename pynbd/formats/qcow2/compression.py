@@ -1,10 +1,12 @@
 """Compressed clusters: raw deflate with a window of 4 KiB, or one zstd frame (section "Compressed Clusters")."""
 
+import asyncio
+import os
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from pynbd.formats.qcow2.layout import CompressionType
 
@@ -15,6 +17,10 @@ MEMORY_LEVEL = 9
 
 IGZIP_LEVEL = 2
 """Of 0 to 3. What comes out is up to a tenth longer than zlib's, in a tenth of the time; 3 is slower, for 1 % less."""
+
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class CompressionError(Exception):
@@ -130,3 +136,20 @@ def compressor(kind: CompressionType) -> Compress:
         CompressionError: a library is missing.
     """
     return _deflate() if kind == CompressionType.ZLIB else _zstd()[1]
+
+
+async def in_threads(function: Callable[[Sequence[T]], list[R]], items: Sequence[T]) -> list[R]:
+    """What a function makes of items, in their order: as many threads are at it as there are processors.
+
+    Args:
+        function: is given some of them, and holds no lock of the interpreter most of the time.
+        items: all of them.
+
+    Raises:
+        Exception: what `function` raised. Other threads may still be at work then.
+    """
+    each = max(-(-len(items) // len(os.sched_getaffinity(0))), 1)
+    loop = asyncio.get_running_loop()
+    shares = (items[first : first + each] for first in range(0, len(items), each))
+    done = await asyncio.gather(*(loop.run_in_executor(None, function, share) for share in shares))
+    return [one for share in done for one in share]

@@ -2,7 +2,7 @@
 
 import asyncio
 import errno
-import os
+import functools
 from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -60,7 +60,8 @@ class Packing:
 
     async def _write_batch(self, offset: int, data: memoryview, compress: compression.Compress) -> None:
         """Some clusters: those beside one another that get smaller are stored together, as are those that do not."""
-        packed = await self._compressed(data, compress)
+        clusters = [data[start : start + self.cluster] for start in range(0, len(data), self.cluster)]
+        packed = await compression.in_threads(functools.partial(_compress_all, compress, self.cluster), clusters)
         first = 0
         for smaller, group in groupby(packed, lambda found: len(found) < self.cluster):
             found = list(group)
@@ -70,27 +71,6 @@ class Packing:
                 await self._store(offset + start, len(part), found)
             else:
                 await self.writer.write(offset + start, part)
-
-    async def _compressed(self, data: memoryview, compress: compression.Compress) -> list[bytes]:
-        """What becomes of each cluster; as many threads are at it as there are processors."""
-        count = -(-len(data) // self.cluster)
-        each = -(-count // len(os.sched_getaffinity(0))) * self.cluster
-        loop = asyncio.get_running_loop()
-        shares = await asyncio.gather(
-            *(
-                loop.run_in_executor(None, self._compress_all, data[start : start + each], compress)
-                for start in range(0, len(data), each)
-            )
-        )
-        return [found for share in shares for found in share]
-
-    def _compress_all(self, data: memoryview, compress: compression.Compress) -> list[bytes]:
-        cluster = self.cluster
-        whole = len(data) // cluster * cluster
-        found = [compress(data[start : start + cluster]) for start in range(0, whole, cluster)]
-        if whole < len(data):
-            found.append(compress(bytes(data[whole:]).ljust(cluster, b"\0")))  # the end of the disk
-        return found
 
     async def _store(self, offset: int, length: int, packed: Sequence[bytes]) -> None:
         """Write compressed clusters, and let their entries point there.
@@ -161,3 +141,8 @@ class Packing:
         if counts.packing != cluster or self._pack_at in (self._pack_end, cluster << self.map.bits):
             return False
         return 0 < await counts.get(cluster) < counts.most
+
+
+def _compress_all(compress: compression.Compress, cluster: int, parts: Sequence[memoryview]) -> list[bytes]:
+    """What becomes of each cluster, the disk's last one made whole; runs in a thread."""
+    return [compress(part if len(part) == cluster else bytes(part).ljust(cluster, b"\0")) for part in parts]

@@ -1,7 +1,6 @@
 """Reading compressed clusters, many at once where many are wanted."""
 
-import asyncio
-import os
+import functools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -92,22 +91,17 @@ class Unpacking:
         return stop
 
     async def _unpack(self, descriptors: Iterable[int]) -> dict[int, bytes]:
-        """Clusters by their descriptors; as many threads are at it as there are processors."""
+        """Clusters by their descriptors."""
         try:
             unpack = compression.decompressor(self.reader.header.compression_type)
         except compression.CompressionError as problem:
             raise unsupported(self.reader.node.name, str(problem)) from None
         packed = await self._read_packed(descriptors)
-        each = max(-(-len(packed) // len(os.sched_getaffinity(0))), 1)
-        loop, cluster = asyncio.get_running_loop(), self.reader.map.cluster
-        shares = (packed[first : first + each] for first in range(0, len(packed), each))
+        unpack_all = functools.partial(_unpack_all, unpack, self.reader.map.cluster)
         try:
-            found = await asyncio.gather(
-                *(loop.run_in_executor(None, _unpack_all, unpack, share, cluster) for share in shares)
-            )
+            return dict(await compression.in_threads(unpack_all, packed))
         except Damaged as problem:
             raise await self.reader.image.corrupted(str(problem), problem.host) from None
-        return {descriptor: data for share in found for descriptor, data in share}
 
     async def _read_packed(self, descriptors: Iterable[int]) -> list[Packed]:
         """The bytes that descriptors tell of; those that lie behind one another are read at once."""
@@ -132,7 +126,7 @@ class Unpacking:
         return packed
 
 
-def _unpack_all(unpack: compression.Decompress, packed: Sequence[Packed], cluster: int) -> list[tuple[int, bytes]]:
+def _unpack_all(unpack: compression.Decompress, cluster: int, packed: Sequence[Packed]) -> list[tuple[int, bytes]]:
     """(descriptor, decompressed) of each; runs in a thread."""
     found = []
     for one in packed:
