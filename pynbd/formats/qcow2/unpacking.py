@@ -51,9 +51,14 @@ class Unpacking:
         self.reader = reader
         self._kept: dict[int, bytes] = {}
 
+    @property
+    def keeps(self) -> bool:
+        """Whether a cluster that was decompressed is still there."""
+        return bool(self._kept)
+
     def forget(self) -> None:
         """Compressed clusters were given up; what comes to lie there may have the same descriptor."""
-        # Another dictionary: who is decompressing now must not put into it what lay there before.
+        # Another dictionary: who is reading now must not put into it what lay there before.
         self._kept = {}
 
     async def read(self, offset: int, piece: Piece, into: memoryview) -> int:
@@ -61,7 +66,7 @@ class Unpacking:
 
         Args:
             offset: of the disk.
-            piece: what lies there.
+            piece: what lies there, as it was found right before.
             into: what is filled.
 
         Returns:
@@ -70,7 +75,8 @@ class Unpacking:
         Raises:
             OSError: they can't be read, or not be decompressed.
         """
-        mapping, end, stop = self.reader.map, offset + len(into), piece.stop
+        # Those that are kept now, before anything else happens: see `forget`.
+        kept, mapping, end, stop = self._kept, self.reader.map, offset + len(into), piece.stop
         parts = [(offset, piece)]
         while stop < end and len(parts) << mapping.bits < BATCH_BYTES:
             following = await mapping.piece(stop, end)
@@ -78,7 +84,7 @@ class Unpacking:
                 break
             parts.append((stop, following))
             stop = following.stop
-        kept, wanted = self._kept, {part.host for _, part in parts}
+        wanted = {part.host for _, part in parts}
         found = {descriptor: kept[descriptor] for descriptor in wanted if descriptor in kept}
         found |= await self._unpack(wanted - found.keys())
         for start, part in parts:

@@ -16,6 +16,7 @@ from pynbd.block.graph import Graph
 from pynbd.block.permissions import Permission
 from pynbd.formats.qcow2 import compression
 from pynbd.formats.qcow2.driver import Qcow2
+from pynbd.formats.qcow2.mapping import Piece
 from tests.formats.qcow2.workload import in_file
 from tests.peers import require_tool, run
 
@@ -89,6 +90,38 @@ async def test_one_of_many_is_damaged(graph: Graph, tmp_path: Path) -> None:
         else:
             await backend.read(number << 16, memoryview(into))
             assert into == expected
+    graph.detach(backend)
+
+
+async def test_what_is_given_up_during_a_read_is_not_kept(
+    graph: Graph, tmp_path: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other bytes may come to lie there that have the same descriptor."""
+    disk.write_bytes(b"".join(random.Random(number).randbytes(6000).ljust(64 << 10, b"\0") for number in range(4)))
+    path = tmp_path / "image.qcow2"
+    run(require_tool("qemu-img"), "convert", "-c", "-O", "qcow2", disk, path)
+    backend = BlockBackend("test")
+    graph.attach(backend, await graph.open(in_file(path)), Permission.CONSISTENT_READ | Permission.WRITE)
+    assert backend.root is not None
+    driver = cast(Qcow2, backend.root.node.driver)
+    find, found = driver.map.piece, 0
+
+    async def write_in_between(offset: int, end: int) -> Piece:
+        nonlocal found
+        found += 1
+        if found == 2:
+            await backend.write(0, memoryview(b"x" * (64 << 10)))
+        return await find(offset, end)
+
+    monkeypatch.setattr(driver.map, "piece", write_in_between)
+    into = bytearray(100 << 10)
+    await backend.read(512, memoryview(into))
+    assert found > 2
+    monkeypatch.undo()
+    assert into == disk.read_bytes()[512 : 512 + len(into)]  # it began before the write did
+    assert not driver.unpacking.keeps
+    await backend.read(512, memoryview(into))
+    assert into[: 63 << 10] == b"x" * (63 << 10)
     graph.detach(backend)
 
 
