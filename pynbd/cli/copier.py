@@ -301,7 +301,8 @@ class Copier:
         """The whole source in pieces."""
         number = 0
         async for offset, length, kind in self._runs():
-            for start, size in pieces(offset, length, *[self._largest(offset, length, kind)] * 2):
+            largest = self._largest(offset, length, kind)
+            for start, size in pieces(offset, length, largest, largest):
                 yield Piece(number, start, size, kind)
                 number += 1
 

@@ -15,6 +15,9 @@ WINDOW_BITS = -12
 
 MEMORY_LEVEL = 9
 
+BATCH_BYTES = 4 << 20
+"""How much of the disk is compressed or decompressed at once, if clusters are not longer."""
+
 IGZIP_LEVEL = 2
 """Of 0 to 3. What comes out is up to a tenth longer than zlib's, in a tenth of the time; 3 is slower, for 1 % less."""
 
@@ -148,8 +151,10 @@ async def in_threads(function: Callable[[Sequence[T]], list[R]], items: Sequence
     Raises:
         Exception: what `function` raised. Other threads may still be at work then.
     """
-    each = max(-(-len(items) // len(os.sched_getaffinity(0))), 1)
     loop = asyncio.get_running_loop()
+    if len(items) == 1:
+        return await loop.run_in_executor(None, function, items)
+    each = max(-(-len(items) // len(os.sched_getaffinity(0))), 1)
     shares = (items[first : first + each] for first in range(0, len(items), each))
     done = await asyncio.gather(*(loop.run_in_executor(None, function, share) for share in shares))
     return [one for share in done for one in share]

@@ -16,9 +16,6 @@ from pynbd.formats.qcow2.refcounts import Run
 if TYPE_CHECKING:
     from pynbd.formats.qcow2.writing import Writer
 
-BATCH_BYTES = 4 << 20
-"""What is compressed and stored at once, if clusters are not longer."""
-
 
 class Packing:
     """What the driver does for compressed writes.
@@ -55,7 +52,7 @@ class Packing:
             compress = compression.compressor(self.driver.header.compression_type)
         except compression.CompressionError as problem:
             raise unsupported(self.driver.node.name, str(problem)) from None
-        for start, length in pieces(offset, len(data), max(BATCH_BYTES, self.cluster), self.cluster):
+        for start, length in pieces(offset, len(data), max(compression.BATCH_BYTES, self.cluster), self.cluster):
             await self._write_batch(start, data[start - offset : start - offset + length], compress)
 
     async def _write_batch(self, offset: int, data: memoryview, compress: compression.Compress) -> None:

@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 KEPT_CLUSTERS = 16
 """Clusters that were decompressed lately and are kept: readers of 4 KiB come back for the rest of them."""
 
-BATCH_BYTES = 4 << 20
-"""How much of the disk is read and decompressed at once, if clusters are not longer."""
-
 
 class Packed(NamedTuple):
     """A compressed cluster.
@@ -78,15 +75,16 @@ class Unpacking:
         # Those that are kept now, before anything else happens: see `forget`.
         kept, mapping, end, stop = self._kept, self.reader.map, offset + len(into), piece.stop
         parts = [(offset, piece)]
-        while stop < end and len(parts) << mapping.bits < BATCH_BYTES:
+        while stop < end and len(parts) << mapping.bits < compression.BATCH_BYTES:
             following = await mapping.piece(stop, end)
             if following.kind != PACKED:
                 break
             parts.append((stop, following))
             stop = following.stop
-        wanted = {part.host for _, part in parts}
-        found = {descriptor: kept[descriptor] for descriptor in wanted if descriptor in kept}
-        found |= await self._unpack(wanted - found.keys())
+        found = {part.host: kept[part.host] for _, part in parts if part.host in kept}
+        missing = {part.host for _, part in parts if part.host not in found}
+        if missing:
+            found |= await self._unpack(missing)
         for start, part in parts:
             within, length = start & (mapping.cluster - 1), part.stop - start
             into[start - offset : part.stop - offset] = memoryview(found[part.host])[within : within + length]
