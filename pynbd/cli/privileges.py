@@ -17,13 +17,13 @@ from typing import NamedTuple
 
 import nbd_protocol
 import pynbd
+from pynbd.block import pool
 from pynbd.block.errors import BlockError, OptionError
 from pynbd.block.node import Node
 from pynbd.server import events
 from pynbd.server.events import about
 from pynbd.server.landlock import READ, WRITE, FsAccess, Grants, restrict
 from pynbd.server.service import Service
-from pynbd.storage import pool
 from pynbd.storage.file import File
 
 log = logging.getLogger(__name__)

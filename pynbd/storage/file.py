@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import msgspec
 
-from pynbd.block import errors
+from pynbd.block import errors, pool
 from pynbd.block.driver import Driver, HostWriter, Location, Preallocation, ReadQueue, Room, WritePlace
 from pynbd.block.errors import OptionError, PermissionConflict
 from pynbd.block.extents import Extent
@@ -27,7 +27,7 @@ from pynbd.block.options import NodeOptions, OnOff, OnOffAuto
 from pynbd.block.permissions import Permission
 from pynbd.block.ranges import Ranges, end_of, total_bytes
 from pynbd.block.requests import RequestFlag
-from pynbd.storage import linux, opening, pool, sizing, sparse, transfers, zeroing
+from pynbd.storage import linux, opening, sizing, sparse, transfers, zeroing
 from pynbd.storage.flushing import Flushing
 from pynbd.storage.in_place import SLOW_S, InPlace, keeps_others_waiting
 from pynbd.storage.locks import FileLocks

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from pynbd.storage import pool
+from pynbd.block import pool
 from pynbd.storage.in_place import SLOW_FLUSH_S, InPlace, keeps_others_waiting
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from pynbd.block import pool
 from pynbd.block.backend import BlockBackend
 from pynbd.block.graph import Graph
 from pynbd.block.permissions import Permission
-from pynbd.storage import pool
 from tests.conftest import DiskMaker
 from tests.peers import SYSTEM_PATH, require_tool
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from pynbd.block import pool
 from pynbd.storage import file as file_driver
-from pynbd.storage import in_place, linux, pool
+from pynbd.storage import in_place, linux
 from tests.storage.conftest import SIZE, OpenDisk, description, evict
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from pynbd.block import pool
 from pynbd.block.errors import OptionError
-from pynbd.storage import linux, pool, uring
+from pynbd.storage import linux, uring
 from tests.storage.conftest import SIZE, OpenDisk, description, evict
 
 

@@ -30,7 +30,7 @@ class CompressionError(Exception):
     """The bytes are not what compression of a cluster gives; the text says why."""
 
 
-Decompress = Callable[[bytes | memoryview, int], bytes]
+Decompress = Callable[[bytes | bytearray | memoryview, int], bytes]
 Compress = Callable[[bytes | memoryview], bytes]
 
 
@@ -41,7 +41,7 @@ def inflate_by(library: Any) -> Decompress:
         library: zlib, or what has the same functions.
     """
 
-    def inflate(data: bytes | memoryview, length: int) -> bytes:
+    def inflate(data: bytes | bytearray | memoryview, length: int) -> bytes:
         stream = library.decompressobj(WINDOW_BITS)
         try:
             found: bytes = stream.decompress(data, length)
@@ -99,9 +99,9 @@ def _zstd() -> tuple[Decompress, Compress]:
         except ImportError:
             raise CompressionError("zstd needs the package backports.zstd: pip install 'pynbd[zstd]'") from None
 
-    def decompress(data: bytes | memoryview, length: int) -> bytes:
+    def decompress(data: bytes | bytearray | memoryview, length: int) -> bytes:
         try:
-            return _whole(zstd.ZstdDecompressor().decompress(bytes(data), length), length)
+            return _whole(zstd.ZstdDecompressor().decompress(data, length), length)
         except zstd.ZstdError as problem:
             raise CompressionError(str(problem)) from None
 
@@ -141,6 +141,11 @@ def compressor(kind: CompressionType) -> Compress:
     return _deflate() if kind == CompressionType.ZLIB else _zstd()[1]
 
 
+def processors() -> int:
+    """How many processors there are for this process."""
+    return len(os.sched_getaffinity(0))
+
+
 async def in_threads(function: Callable[[Sequence[T]], list[R]], items: Sequence[T]) -> list[R]:
     """What a function makes of items, in their order: as many threads are at it as there are processors.
 
@@ -154,7 +159,7 @@ async def in_threads(function: Callable[[Sequence[T]], list[R]], items: Sequence
     loop = asyncio.get_running_loop()
     if len(items) == 1:
         return await loop.run_in_executor(None, function, items)
-    each = max(-(-len(items) // len(os.sched_getaffinity(0))), 1)
+    each = max(-(-len(items) // processors()), 1)
     shares = (items[first : first + each] for first in range(0, len(items), each))
     done = await asyncio.gather(*(loop.run_in_executor(None, function, share) for share in shares))
     return [one for share in done for one in share]

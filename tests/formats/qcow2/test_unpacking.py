@@ -93,6 +93,107 @@ async def test_one_of_many_is_damaged(graph: Graph, tmp_path: Path) -> None:
     graph.detach(backend)
 
 
+class Gate:
+    """Holds up who decompresses a cluster until it is opened.
+
+    Args:
+        driver: whose readers.
+    """
+
+    def __init__(self, driver: Qcow2, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.passed = 0
+        self.open = asyncio.Event()
+        self._unpack = driver.unpacking._unpack_one
+        monkeypatch.setattr(driver.unpacking, "_unpack_one", self._pass)
+
+    async def _pass(self, descriptor: int) -> bytes:
+        self.passed += 1
+        found = await self._unpack(descriptor)
+        await self.open.wait()
+        return found
+
+
+def one_cluster(tmp_path: Path) -> tuple[Path, bytes]:
+    """(an image with a single compressed cluster, what that is)."""
+    disk, path = tmp_path / "disk.raw", tmp_path / "image.qcow2"
+    data = random.Random(1).randbytes(6000).ljust(64 << 10, b"\0")
+    disk.write_bytes(data)
+    run(require_tool("qemu-img"), "convert", "-c", "-O", "qcow2", disk, path)
+    return path, data
+
+
+async def read_at(backend: BlockBackend, offset: int) -> bytes:
+    """4 KiB."""
+    into = bytearray(4096)
+    await backend.read(offset, memoryview(into))
+    return bytes(into)
+
+
+async def test_a_cluster_that_many_want_is_decompressed_once(
+    graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if who began is cancelled: then once more."""
+    path, data = one_cluster(tmp_path)
+    backend = await opened(graph, path)
+    assert backend.root is not None
+    gate = Gate(driver := cast(Qcow2, backend.root.node.driver), monkeypatch)
+    readers = [asyncio.create_task(read_at(backend, offset)) for offset in range(0, 64 << 10, 4096)]
+    while not gate.passed:
+        await asyncio.sleep(0)
+    readers[0].cancel()
+    readers[5].cancel()
+    cancelled = await asyncio.gather(readers[0], readers[5], return_exceptions=True)
+    assert [type(one) for one in cancelled] == [asyncio.CancelledError] * 2
+    gate.open.set()
+    left = [number for number in range(16) if number not in (0, 5)]
+    found = await asyncio.gather(*(readers[number] for number in left))
+    assert found == [data[number * 4096 : number * 4096 + 4096] for number in left]
+    assert gate.passed == 2
+    assert not driver.unpacking._coming
+    assert await read_at(backend, 0) == data[:4096]
+    assert gate.passed == 2
+    graph.detach(backend)
+
+
+async def test_a_damaged_cluster_that_many_want(graph: Graph, tmp_path: Path) -> None:
+    """Each is told."""
+    path, _ = one_cluster(tmp_path)
+    backend = await opened(graph, path)
+    assert backend.root is not None
+    mapping = cast(Qcow2, backend.root.node.driver).map
+    where, _ = mapping.compressed_place((await mapping.entry(0))[0])
+    with path.open("r+b") as file:
+        file.seek(where)
+        file.write(b"\xff")  # no kind of block
+    told = await asyncio.gather(*(read_at(backend, offset) for offset in (0, 4096, 8192)), return_exceptions=True)
+    assert ["can't be decompressed" in str(one) and str(where) in str(one) for one in told] == [True] * 3
+    graph.detach(backend)
+
+
+async def test_what_was_given_up_is_not_waited_for(
+    graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader that came before a write sees what was there, one that comes after it what was written."""
+    path, data = one_cluster(tmp_path)
+    backend = BlockBackend("test")
+    graph.attach(backend, await graph.open(in_file(path)), Permission.CONSISTENT_READ | Permission.WRITE)
+    assert backend.root is not None
+    driver = cast(Qcow2, backend.root.node.driver)
+    gate = Gate(driver, monkeypatch)
+    before = asyncio.create_task(read_at(backend, 4096))
+    while not gate.passed:
+        await asyncio.sleep(0)
+    kept_for = driver.unpacking._coming
+    assert kept_for
+    await backend.write(0, memoryview(b"x" * (64 << 10)))
+    assert driver.unpacking._coming is not kept_for
+    assert await read_at(backend, 4096) == b"x" * 4096
+    gate.open.set()
+    assert await before == data[4096:8192]
+    assert not driver.unpacking.keeps
+    graph.detach(backend)
+
+
 async def test_what_is_given_up_during_a_read_is_not_kept(
     graph: Graph, tmp_path: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

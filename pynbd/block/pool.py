@@ -105,14 +105,32 @@ class Batch:
 
     Args:
         function: serves one request in a thread, given the arguments of `run`.
-        always_waits: whether every request waits for the disk (direct I/O).
+        always_waits: whether every request waits for the disk (direct I/O), or lets other threads run otherwise.
         workers: how many may serve requests at one time.
+        alone_in_place: serve a request that comes alone in the event loop, for it is shorter than a trip to a thread.
     """
 
-    __slots__ = ("_always_waits", "_function", "_jobs", "_scheduled", "_waiting", "_width", "_workers")
+    __slots__ = (
+        "_alone_in_place",
+        "_always_waits",
+        "_function",
+        "_jobs",
+        "_scheduled",
+        "_waiting",
+        "_width",
+        "_workers",
+    )
 
-    def __init__(self, function: Callable[..., None], *, always_waits: bool = False, workers: int = WORKERS) -> None:
+    def __init__(
+        self,
+        function: Callable[..., None],
+        *,
+        always_waits: bool = False,
+        workers: int = WORKERS,
+        alone_in_place: bool = False,
+    ) -> None:
         self._function = function
+        self._alone_in_place = alone_in_place
         self._workers = workers
         self._always_waits = always_waits
         self._waiting: deque[tuple[asyncio.Future[None], tuple[Any, ...]]] = deque()
@@ -132,6 +150,10 @@ class Batch:
 
     def _submit(self, loop: asyncio.AbstractEventLoop) -> None:
         self._scheduled = False
+        if self._alone_in_place and len(self._waiting) == 1 and not self._jobs:
+            future, arguments = self._waiting.popleft()
+            _tell([(future, self._call(arguments))])
+            return
         for _ in range(min(self._width - self._jobs, len(self._waiting))):
             self._jobs += 1
             transfers.submit(self._serve, loop)
@@ -146,12 +168,7 @@ class Batch:
                 future, arguments = self._waiting.popleft()  # which other jobs do as well
             except IndexError:
                 break
-            try:
-                self._function(*arguments)
-            except BaseException as problem:  # whatever it is, the waiting coroutine gets it
-                answers.append((future, problem))
-            else:
-                answers.append((future, None))
+            answers.append((future, self._call(arguments)))
             served += 1
             now = perf_counter()
             if now - told > TELL_S and self._waiting:
@@ -162,6 +179,14 @@ class Batch:
             or perf_counter() - started > WAITING_S * served
         )
         loop.call_soon_threadsafe(self._ended, loop, answers, served, waited)
+
+    def _call(self, arguments: tuple[Any, ...]) -> BaseException | None:
+        """Serve one request, and return what was raised."""
+        try:
+            self._function(*arguments)
+        except BaseException as problem:  # whatever it is, the waiting coroutine gets it
+            return problem
+        return None
 
     def _ended(self, loop: asyncio.AbstractEventLoop, answers: Sequence[Answer], served: int, waited: bool) -> None:
         """A job has served all that it found."""

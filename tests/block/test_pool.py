@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from pynbd.storage import pool
+from pynbd.block import pool
 
 
 async def test_run_returns_from_another_thread() -> None:
@@ -80,6 +80,26 @@ async def test_direct_requests_always_wait(jobs: list[object]) -> None:
     for _ in range(3):
         await asyncio.gather(*(batch.run(number) for number in range(100)))
     assert len(jobs) > pool.WORKERS
+
+
+async def test_a_request_that_comes_alone_goes_nowhere(jobs: list[object]) -> None:
+    """Where a trip to a thread takes longer; several share the threads."""
+    threads: list[int] = []
+
+    def work(number: int) -> None:
+        threads.append(threading.get_ident())
+        if number < 0:
+            raise OSError(-number, "broken")
+
+    batch = pool.Batch(work, always_waits=True, alone_in_place=True)
+    await batch.run(0)
+    with pytest.raises(OSError, match="broken"):
+        await batch.run(-5)
+    assert threads == [threading.get_ident()] * 2
+    assert not jobs
+    answers = await asyncio.gather(*(batch.run(number) for number in (1, -5, 2)), return_exceptions=True)
+    assert [answer is None for answer in answers] == [True, False, True]
+    assert threading.get_ident() not in threads[2:]
 
 
 async def test_requests_that_come_while_a_job_ends(jobs: list[object]) -> None:
