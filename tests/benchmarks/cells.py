@@ -81,6 +81,11 @@ CELLS: Sequence[Cell] = (
         {"qemu-nbd": 1},
     ),
     Cell("qcow2-chain4-read-4k-d32", Fio("randread", 4 * KIB, 32), Disk.CHAIN, {"qemu-nbd": 3}),
+    *(
+        Cell(f"qcow2-c-{kind}-{name}", load, disk)
+        for kind, disk in (("zlib", Disk.ZLIB_IMAGE), ("zstd", Disk.ZSTD_IMAGE))
+        for name, load in (("read-4k-d32", Fio("randread", 4 * KIB, 32)), ("read-1m-d8", Fio("randread", MIB, 8)))
+    ),
     Cell("rss-1t-idle", Memory(under_load=False), Disk.SPARSE, bound=40),
     Cell("rss-1t-load", Memory(under_load=True), Disk.SPARSE, bound=120),
     Cell("start", Start(), bound=250),
@@ -114,6 +119,15 @@ _IMG: Sequence[tuple[str, ImgCommand, dict[str, float], float | None]] = (
         ),
         {"qemu-img": 1},
         None,
+    ),
+    *(
+        (
+            f"convert-{kind}-raw",
+            ImgCommand(("convert", "-f", "qcow2", "-O", "raw", f"{kind.upper()}_IMAGE", "OUTPUT"), of_data=True),
+            {},
+            None,
+        )
+        for kind in ("zlib", "zstd")
     ),
     ("check-100g", ImgCommand(("check", "-f", "qcow2", "ALLOCATED_IMAGE")), {"qemu-img": 0.1}, None),
     ("create", ImgCommand(("create", "-q", "-f", "qcow2", "OUTPUT", "10G")), {}, 150),

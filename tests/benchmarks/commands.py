@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tests.benchmarks.image_files import ImageFiles
@@ -119,6 +120,8 @@ def _file(word: str, files: ImageFiles) -> Path | None:
         "HALF_SPARSE": files.half_sparse,
         "HALF_SPARSE_IMAGE": files.half_sparse_image,
         "TEXT": files.text,
+        "ZLIB_IMAGE": partial(files.text_image, "zlib"),
+        "ZSTD_IMAGE": partial(files.text_image, "zstd"),
         "ALLOCATED_IMAGE": files.allocated_image,
         OUTPUT: lambda: files.output,
     }
@@ -127,7 +130,8 @@ def _file(word: str, files: ImageFiles) -> Path | None:
 
 def _disk_bytes(files: ImageFiles, command: ImgCommand) -> int:
     """The length of the disk that is copied."""
-    return files.text_bytes if "TEXT" in command.words else files.half_sparse_bytes
+    of_text = {"TEXT", "ZLIB_IMAGE", "ZSTD_IMAGE"}.intersection(command.words)
+    return files.text_bytes if of_text else files.half_sparse_bytes
 
 
 def _timed(command: Sequence[str], environment: Mapping[str, str]) -> tuple[float, float]:

@@ -90,6 +90,12 @@ class ImageFiles:
 
         return self._made("text.raw", make)
 
+    def text_image(self, compression_type: str) -> Path:
+        """The same in a qcow2 image, its clusters compressed by zlib or zstd."""
+        source = self.text()
+        words = ("convert", "-c", "-f", "raw", "-O", "qcow2", "-o", f"compression_type={compression_type}", source)
+        return self._made(f"text-{compression_type}.qcow2", lambda path: run(require_tool("qemu-img"), *words, path))
+
     def allocated_image(self) -> Path:
         """A qcow2 image with all clusters allocated, and nothing written into them."""
         words = ("create", "-q", "-f", "qcow2", "-o", "preallocation=metadata")

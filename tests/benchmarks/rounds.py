@@ -18,7 +18,6 @@ from tests.benchmarks import process
 from tests.benchmarks.cells import Cell
 from tests.benchmarks.commands import ImgCommand
 from tests.benchmarks.disks import RESIDENT_ENOUGH, residency, settle, warm
-from tests.benchmarks.image_files import ImageFiles
 from tests.benchmarks.limits import limit
 from tests.benchmarks.loads import (
     CachedBesideUncached,
@@ -184,7 +183,10 @@ class Run:
 ON_RANDOM = (Disk.RANDOM, Disk.FILTERED, Disk.TLS)
 """Disks whose data are in the raw file of random data."""
 
-IMAGES = (Disk.IMAGE, Disk.EMPTY_IMAGE, Disk.CHAIN)
+COMPRESSED = {Disk.ZLIB_IMAGE: "zlib", Disk.ZSTD_IMAGE: "zstd"}
+"""Disks in compressed images, and by what."""
+
+IMAGES = (Disk.IMAGE, Disk.EMPTY_IMAGE, Disk.CHAIN, *COMPRESSED)
 """Disks in qcow2 images; what the machine could do without the format says nothing of them."""
 
 
@@ -231,7 +233,7 @@ def _one(row: Row, server: Server, run_: Run) -> Sample:
 def _by_command(row: Row, load: ImgCommand, server: Server, run_: Run) -> Sample:
     """The same where no server is asked, but a command about files is given."""
     setup, plan = run_.setup, run_.plan
-    files = ImageFiles(setup.disks.folder, setup.disks.size_bytes)
+    files = setup.files
     assert server.tool is not None
     tool = server.tool(setup)
     run_.commands.setdefault(f"{server.name} {row.cell.name}", " ".join(load.command(tool, files)))
@@ -255,19 +257,25 @@ def _files(cell: Cell, setup: Setup) -> list[Path]:
     disks = setup.disks
     if cell.disk is Disk.CHAIN:
         return disks.chain
+    if cell.disk in COMPRESSED:
+        return [setup.files.text_image(COMPRESSED[cell.disk])]
     return {Disk.IMAGE: [disks.image]}.get(cell.disk, [disks.random] if cell.disk in ON_RANDOM else [])
 
 
 @contextlib.contextmanager
 def _served(cell: Cell, server: Server, setup: Setup, plan: Plan) -> Iterator[tuple[Peer, int]]:
-    if cell.disk in IMAGES:
+    if cell.disk in IMAGES and cell.disk not in COMPRESSED:
         setup.disks.make_images()
     if cell.disk is Disk.EMPTY_IMAGE:
         setup.disks.make_empty_image()
     with server.serves[cell.disk](setup) as peer:
         if plan.pin:
             process.pin(peer.pid, {0})
-        size_bytes = {Disk.MEMORY: MEMORY_BYTES, Disk.PYTHON: MEMORY_BYTES}.get(cell.disk, setup.disks.size_bytes)
+        size_bytes = {
+            Disk.MEMORY: MEMORY_BYTES,
+            Disk.PYTHON: MEMORY_BYTES,
+            **dict.fromkeys(COMPRESSED, setup.files.text_bytes),
+        }.get(cell.disk, setup.disks.size_bytes)
         if cell.disk is Disk.MEMORY:
             fill(peer.uri(), size_bytes)
         yield peer, size_bytes

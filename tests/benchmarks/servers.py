@@ -14,6 +14,7 @@ from pathlib import Path
 from tests import peers
 from tests.benchmarks.commands import Tool
 from tests.benchmarks.disks import PYTHON_DISKS, Disks
+from tests.benchmarks.image_files import ImageFiles
 
 MEMORY_BYTES = 256 << 20
 """The size of the disks in memory; small enough to be filled before each measurement."""
@@ -38,6 +39,8 @@ class Disk(Enum):
     IMAGE = "a qcow2 image, all of it allocated"
     EMPTY_IMAGE = "a qcow2 image, nothing of it allocated"
     CHAIN = "a chain of four qcow2 images"
+    ZLIB_IMAGE = "a qcow2 image, all of it compressed by zlib"
+    ZSTD_IMAGE = "the same by zstd"
     FILES = "image files, which a command is given"
 
 
@@ -50,6 +53,11 @@ class Setup:
     pynbd_python: str = sys.executable
     uvloop: bool = False
     workers: int = 1
+
+    @property
+    def files(self) -> ImageFiles:
+        """The files that commands are given; those that are compressed are served as well."""
+        return ImageFiles(self.disks.folder, self.disks.size_bytes)
 
     def workers_for(self, arguments: Sequence[str | Path]) -> list[str]:
         """The option for pynbd that several processes serve, where that can be: raw files need nothing else."""
@@ -156,6 +164,8 @@ PYNBD = Server(
         Disk.IMAGE: _pynbd("-f", "qcow2", disk=lambda setup: [setup.disks.image]),
         Disk.EMPTY_IMAGE: _pynbd("-f", "qcow2", disk=lambda setup: [setup.disks.empty_image]),
         Disk.CHAIN: _pynbd("-f", "qcow2", disk=lambda setup: [setup.disks.chain[-1]]),
+        Disk.ZLIB_IMAGE: _pynbd("-f", "qcow2", disk=lambda setup: [setup.files.text_image("zlib")]),
+        Disk.ZSTD_IMAGE: _pynbd("-f", "qcow2", disk=lambda setup: [setup.files.text_image("zstd")]),
     },
     lambda setup: Tool([setup.pynbd_python, "-m", "pynbd", "img"], setup.environment()),
 )
@@ -183,6 +193,8 @@ PEERS = (
             Disk.IMAGE: _qemu_nbd(lambda setup: setup.disks.image, "qcow2"),
             Disk.EMPTY_IMAGE: _qemu_nbd(lambda setup: setup.disks.empty_image, "qcow2"),
             Disk.CHAIN: _qemu_nbd(lambda setup: setup.disks.chain[-1], "qcow2"),
+            Disk.ZLIB_IMAGE: _qemu_nbd(lambda setup: setup.files.text_image("zlib"), "qcow2"),
+            Disk.ZSTD_IMAGE: _qemu_nbd(lambda setup: setup.files.text_image("zstd"), "qcow2"),
         },
     ),
     Server("nbd-server", "nbd-server", {Disk.RANDOM: _nbd_server(_random), Disk.SPARSE: _nbd_server(_sparse)}),
