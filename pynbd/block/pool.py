@@ -7,6 +7,7 @@ together, and only as many threads take part as really wait for disks.
 
 import asyncio
 import resource
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -77,6 +78,27 @@ async def run(executor: ThreadPoolExecutor, function: Callable[[*Arguments], T],
 
     executor.submit(job)
     return await future
+
+
+async def run_stoppable(executor: ThreadPoolExecutor, function: Callable[[Callable[[], bool]], T]) -> T:
+    """Call a function in a thread that ends early when the caller is cancelled, and wait until it has ended.
+
+    So nothing is at work any more with what the caller gives up then.
+
+    Args:
+        executor: whose thread.
+        function: is given a function that says whether it shall end; what it raises for that is not told anybody.
+    """
+    stopped = threading.Event()
+    running = asyncio.ensure_future(run(executor, function, stopped.is_set))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        stopped.set()
+        await asyncio.wait([running])
+        if not running.cancelled():
+            running.exception()  # nobody is left to be told
+        raise
 
 
 def _succeed(future: "asyncio.Future[T]", result: T) -> None:

@@ -403,7 +403,7 @@ class File(Driver):
     async def truncate(self, size: int, preallocation: Preallocation, *, exact: bool) -> None:
         before = self.size
         try:
-            await pool.run(pool.syncs, sizing.resize, self._fd, before, size, preallocation)
+            await pool.run_stoppable(pool.syncs, partial(sizing.resize, self._fd, before, size, preallocation))
         except OSError as problem:
             raise self._failed(
                 problem, f"resize to {size} (preallocation {preallocation.value})", 0, before

@@ -3,7 +3,7 @@
 import contextlib
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pynbd.block.alignment import BOUNCE_BYTES, pieces
 from pynbd.block.driver import Preallocation
@@ -21,7 +21,9 @@ NEW_FILE_MODE = 0o644
 """As QEMU's: the owner writes, all read; the umask takes away what it likes."""
 
 
-def resize(fd: int, before: int, size: int, preallocation: Preallocation) -> None:
+def resize(
+    fd: int, before: int, size: int, preallocation: Preallocation, is_stopped: Callable[[], bool] = lambda: False
+) -> None:
     """Change the length of a regular file.
 
     Args:
@@ -29,9 +31,11 @@ def resize(fd: int, before: int, size: int, preallocation: Preallocation) -> Non
         before: its length, in bytes.
         size: the new length.
         preallocation: what is done with space that is added.
+        is_stopped: whether to end early, asked now and then.
 
     Raises:
-        OSError: ENOTSUP, that preallocation is not for files, or not for a shorter one; or what the file system said.
+        OSError: ENOTSUP, that preallocation is not for files, or not for a shorter one; ECANCELED, it was to end early;
+            or what the file system said.
             The file has its old length then.
     """
     if preallocation is Preallocation.METADATA or (preallocation is not Preallocation.OFF and size < before):
@@ -40,7 +44,7 @@ def resize(fd: int, before: int, size: int, preallocation: Preallocation) -> Non
         if preallocation is Preallocation.FALLOC and size > before:
             linux.fallocate(fd, 0, before, size - before)
         elif preallocation is Preallocation.FULL and size > before:
-            _fill(fd, before, size)
+            _fill(fd, before, size, is_stopped)
         else:
             os.ftruncate(fd, size)
     except OSError:
@@ -50,12 +54,14 @@ def resize(fd: int, before: int, size: int, preallocation: Preallocation) -> Non
         raise
 
 
-def _fill(fd: int, start: int, end: int) -> None:
+def _fill(fd: int, start: int, end: int, is_stopped: Callable[[], bool]) -> None:
     """Write zeroes, a piece at a time, and see that they are on the disk: the space is really there then."""
     # Another description of the same file, without O_DIRECT: its end may lie anywhere.
     plain = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
     try:
         for offset, length in pieces(start, end - start, BOUNCE_BYTES, BOUNCE_BYTES):
+            if is_stopped():
+                raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
             transfers.write_at(plain, ZEROES[:length], offset)
         os.fsync(plain)
     finally:

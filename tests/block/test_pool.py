@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
+from collections.abc import Callable
 
 import pytest
 
@@ -148,6 +150,31 @@ async def test_who_stops_waiting_does_not_stop_the_work(way: str) -> None:
     await pool.run(pool.syncs, ended.wait)
     for _ in range(2 * pool.WORKERS):  # every thread has told what it had to tell before it takes another job
         await pool.run(pool.transfers, int)
+
+
+async def test_what_can_be_stopped() -> None:
+    """What it returns and raises comes back; who is cancelled goes on when it has ended, whatever it raised."""
+    assert await pool.run_stoppable(pool.transfers, lambda is_stopped: (is_stopped(), 5)) == (False, 5)
+
+    def fail(is_stopped: Callable[[], bool]) -> None:
+        raise OSError(5, "broken")
+
+    with pytest.raises(OSError, match="broken"):
+        await pool.run_stoppable(pool.transfers, fail)
+    ended = threading.Event()
+
+    def work(is_stopped: Callable[[], bool]) -> None:
+        while not is_stopped():
+            time.sleep(0.001)
+        ended.set()
+        raise OSError(125, "stopped")
+
+    task = asyncio.create_task(pool.run_stoppable(pool.transfers, work))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ended.is_set()
 
 
 async def test_a_job_that_outlives_its_loop_harms_nobody() -> None:

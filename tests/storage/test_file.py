@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import os
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from pynbd.block.errors import BlockError, OptionError, PermissionConflict
 from pynbd.block.graph import Graph
 from pynbd.block.permissions import Permission
 from pynbd.block.requests import RequestFlag
-from pynbd.storage import linux
+from pynbd.storage import linux, transfers
 from pynbd.storage.file import File, FileCreationOptions, FileOptions
 from tests.conftest import DiskMaker
 from tests.peers import require_tool, run
@@ -196,6 +198,31 @@ async def test_growing_without_room(preallocation: Preallocation, small_tmpfs: P
         assert caught.value.errno == errno.ENOSPC
         assert backend.size == path.stat().st_size == 4096
     assert path.read_bytes() == b"x" * 4096
+
+
+async def test_growing_that_is_cancelled(disk: Path, open_disk: OpenDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends soon, with its old length, and nothing is at work any more."""
+    begun, may_go_on = threading.Event(), threading.Event()
+    write_at, written = transfers.write_at, list[int]()
+
+    def slow_write_at(fd: int, data: memoryview, offset: int) -> None:
+        begun.set()
+        may_go_on.wait()
+        write_at(fd, data, offset)
+        written.append(offset)
+
+    monkeypatch.setattr(transfers, "write_at", slow_write_at)
+    async with open_disk(description(disk)) as backend:
+        growing = asyncio.create_task(backend.truncate(1 << 30, Preallocation.FULL))
+        await asyncio.to_thread(begun.wait)
+        growing.cancel()
+        await asyncio.sleep(0.01)
+        assert not growing.done()
+        may_go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await growing
+        assert backend.size == disk.stat().st_size == SIZE
+    assert written == [SIZE]
 
 
 @pytest.mark.parametrize("preallocation", [Preallocation.OFF, Preallocation.FALLOC, Preallocation.FULL])

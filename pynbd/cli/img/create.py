@@ -70,6 +70,7 @@ async def run(arguments: argparse.Namespace) -> int:
     """Carry the verb out; its exit status."""
     from pynbd.block.errors import OptionError
     from pynbd.cli.img import creation
+    from pynbd.cli.interruption import Interruption
 
     if common.asks_for_help(arguments.options):
         print("\n".join(option_lines(arguments.format, arguments.words[0] if arguments.words else "")))
@@ -91,7 +92,8 @@ async def run(arguments: argparse.Namespace) -> int:
     new = creation.plan(graph, filename, arguments.format, await _with_size(graph, filename, given, arguments))
     if not arguments.quiet:
         print(formatting_line(new), flush=True)
-    await creation.make(graph, new)
+    with Interruption().listening():
+        await creation.make(graph, new)
     return 0
 
 

@@ -36,6 +36,7 @@ async def run(arguments: argparse.Namespace) -> int:
     from pynbd.block.errors import BlockError, OptionError
     from pynbd.block.options import MAX_SIZE_BYTES, parse_size
     from pynbd.cli.img.images import open_image
+    from pynbd.cli.interruption import Interruption
 
     graph = common.new_graph(arguments)
     filename, text = common.expect(arguments.words, 2, "an image file name and a size")
@@ -57,7 +58,8 @@ async def run(arguments: argparse.Namespace) -> int:
         if size <= before and preallocation is not Preallocation.OFF:
             raise OptionError(f"--preallocation={arguments.preallocation}: only for a disk that grows")
         try:
-            await image.backend.truncate(size, preallocation, exact=True)
+            with Interruption().listening():
+                await image.backend.truncate(size, preallocation, exact=True)
         except OSError as problem:
             if problem.errno in (errno.ENOTSUP, errno.EOPNOTSUPP):
                 raise BlockError(f"{filename}: this image can't be resized so: {problem.strerror}") from problem

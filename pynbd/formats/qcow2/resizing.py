@@ -115,26 +115,41 @@ async def _preallocate(driver: "Qcow2", old: int, size: int, preallocation: Prea
         within = min(end, round_down(start, driver.map.slice_reach) + driver.map.slice_reach)
         count = (within - start) // cluster
         if driver.header.has_data_file:
-            host, fresh = start, True
+            host = start
         else:
             run, fresh = await image.allocate(count)
             host, count = run.first << image.cluster_bits, run.clusters
-        if not driver.header.has_data_file:
-            length = count * cluster
-            if preallocation is Preallocation.FULL:
-                zeroes = memoryview(bytes(FILL_BYTES))
-                for at in range(0, length, FILL_BYTES):
-                    await driver.file.write(host + at, zeroes[: min(FILL_BYTES, length - at)], 0)
-            elif preallocation is Preallocation.FALLOC or not fresh:
-                await driver.file.write_zeroes(host, length, 0)
-            elif driver.file.size < host + length:
-                await driver.file.node.truncate(host + length, Preallocation.OFF, exact=False)
+            try:
+                await _fill(driver, host, count * cluster, preallocation, fresh=fresh)
+            except BaseException:
+                await image.release(run)
+                raise
         table, at = await driver.map.writable(start)
         for number in range(count):
             place = (host + number * cluster) | COPIED
             driver.map.put(table.words, at + number * driver.map.words, place, SUBCLUSTERS_ALL_ALLOCATED)
         driver.map.mark(start, at, at + count * driver.map.words)
         start += count * cluster
+
+
+async def _fill(driver: "Qcow2", host: int, length: int, preallocation: Preallocation, *, fresh: bool) -> None:
+    """Let new clusters read as zeroes, and have their space as far as that is wanted.
+
+    Args:
+        driver: whose.
+        host: where in the file they lie.
+        length: of all of them, in bytes.
+        preallocation: what is done with their space.
+        fresh: whether nothing has ever been written there.
+    """
+    if preallocation is Preallocation.FULL:
+        zeroes = memoryview(bytes(FILL_BYTES))
+        for at in range(0, length, FILL_BYTES):
+            await driver.file.write(host + at, zeroes[: min(FILL_BYTES, length - at)], 0)
+    elif preallocation is Preallocation.FALLOC or not fresh:
+        await driver.file.write_zeroes(host, length, 0)
+    elif driver.file.size < host + length:
+        await driver.file.node.truncate(host + length, Preallocation.OFF, exact=False)
 
 
 async def make_empty(driver: "Qcow2") -> None:
