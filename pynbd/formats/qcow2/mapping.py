@@ -72,7 +72,9 @@ class ClusterMapping:
         """Take from the header what may become another while the image is open: its version."""
         header = self.image.header
         self.zero_flag = ZERO if header.version >= 3 and not self.extended else 0
-        self.not_plain = COMPRESSED | self.zero_flag | OFFSET_MASK & (self.cluster - 1)
+        self.never = ZERO if header.version < 3 else 0
+        """What no entry has, unless it is compressed: version 2 knows no clusters of zeroes."""
+        self.not_plain = COMPRESSED | self.zero_flag | self.never | OFFSET_MASK & (self.cluster - 1)
         # In another file the first cluster may be the guest's as well: there a place is known by the flag.
         self.host_mask = OFFSET_MASK | COPIED if header.has_data_file else OFFSET_MASK
 
@@ -217,7 +219,7 @@ class ClusterMapping:
         """What an L2 entry says, if it is not extended."""
         if entry & COMPRESSED:
             return PACKED
-        if entry & OFFSET_MASK & (self.cluster - 1):
+        if entry & self.never or entry & OFFSET_MASK & (self.cluster - 1):
             return INVALID
         if entry & self.zero_flag:
             return ZEROES
