@@ -1,4 +1,4 @@
-"""What the signals that end a program do to a command that copies."""
+"""What the signals that end a program do to a command that copies, or makes room for a disk."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """What the signals that end a program do here: the first lets requests in flight end, the second is at once."""
+    """What the signals that end a program do here.
+
+    While something is copied, the first lets requests in flight end, and the second is at once; else the first is.
+    """
 
     def __init__(self) -> None:
         self._copier: Copier | None = None

@@ -157,8 +157,6 @@ async def in_threads(function: Callable[[Sequence[T]], list[R]], items: Sequence
         Exception: what `function` raised. Other threads may still be at work then.
     """
     loop = asyncio.get_running_loop()
-    if len(items) == 1:
-        return await loop.run_in_executor(None, function, items)
     each = max(-(-len(items) // processors()), 1)
     shares = (items[first : first + each] for first in range(0, len(items), each))
     done = await asyncio.gather(*(loop.run_in_executor(None, function, share) for share in shares))

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 KEPT_CLUSTERS = 16
 """Clusters that were decompressed lately and are kept: readers of 4 KiB come back for the rest of them."""
 
-
 IN_PLACE_BYTES = 64 << 10
 """Clusters up to this length are decompressed in the event loop if no others are wanted: 0.1 ms, and a trip to a thread
 and back takes longer."""
